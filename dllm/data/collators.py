@@ -1,0 +1,68 @@
+"""From rows to a batch: ids, what may be masked, and which sample each row is.
+
+Shapes: B samples, L positions.
+
+A batch has `input_ids` int64 [B, L], `maskable` bool [B, L] and `sample` int64 [B]. There is no attention mask: pretraining
+rows are full, and in supervised fine-tuning the end-of-text padding is part of the text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dllm.diffusion.noise import keyed_bits, keyed_uniform
+
+_CUT, _CUT_LENGTH, _TURN = 7, 8, 9  # which random numbers a key is for (1 to 6 are used elsewhere)
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingCollator:
+    """Rows of equal length, everything maskable."""
+
+    seed: int
+    group: int
+    """Samples of one optimiser step."""
+    random_length: float = 0.01
+    """The share of steps whose rows are cut to a length drawn from 1 .. L (LLaDA, arXiv:2502.09992, section 2.2)."""
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        ids_BL = torch.tensor([row["input_ids"] for row in rows])
+        samples_B = torch.tensor([row["sample"] for row in rows])
+        step_B = samples_B // self.group
+        # rows of one step agree, whatever rank or micro-batch they are in
+        cut = keyed_uniform(self.seed, _CUT, step_B) < self.random_length
+        if bool(cut.all()):
+            ids_BL = ids_BL[:, : int(keyed_bits(self.seed, _CUT_LENGTH, step_B[0]) % ids_BL.shape[1]) + 1]
+        return {"input_ids": ids_BL, "maskable": torch.ones_like(ids_BL, dtype=torch.bool), "sample": samples_B}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTCollator:
+    """One assistant turn of each conversation is the answer; what comes before it is the prompt, what comes after is cut.
+
+    Rows are padded with end-of-text to the longest of the batch. That padding is attended to, and it is part of the answer
+    in loss and length: it is how the model learns to end (LLaDA, arXiv:2502.09992, section 2.3 and GUIDELINES).
+    """
+
+    seed: int
+    eos_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> Batch:
+        samples_B = torch.tensor([row["sample"] for row in rows])
+        draw_B = (keyed_bits(self.seed, _TURN, samples_B) >> 1).abs().tolist()
+        answers = []
+        for row, draw in zip(rows, draw_B, strict=True):
+            turn = draw % (len(row["turns"]) // 2)
+            answers.append((row["turns"][2 * turn], row["turns"][2 * turn + 1]))
+        longest = max(end for _, end in answers)
+        ids_BL = torch.full((len(rows), longest), self.eos_token_id)
+        maskable_BL = torch.ones(len(rows), longest, dtype=torch.bool)
+        for place, (row, (start, end)) in enumerate(zip(rows, answers, strict=True)):
+            ids_BL[place, :end] = torch.tensor(row["input_ids"][:end])
+            maskable_BL[place, :start] = False
+        return {"input_ids": ids_BL, "maskable": maskable_BL, "sample": samples_B}

@@ -1,0 +1,110 @@
+"""The corruption plan: which tokens of which sample are masked, as a pure function of (seed, sample).
+
+Shapes: B samples, L positions.
+
+A *sample* is a place in the order in which training sees the data, counted through all epochs. N consecutive samples
+make one optimiser step (N = processes x accumulation steps x samples per device), so step = sample // N and the place
+in the step is sample % N. No rank, no worker and no micro-batch enters, so one process and sixteen mask the same
+tokens, and a resumed run goes on where it stopped.
+
+Sources: LLaDA, arXiv:2502.09992, Algorithms 1 and 2; the low-discrepancy times of MDLM, arXiv:2406.07524, section 3.4,
+after Kingma et al., arXiv:2107.00630.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.diffusion.noise import keyed_permutation, keyed_uniform
+from dllm.diffusion.schedule import EPS, elbo_weight, mask_probability
+
+_TIME, _ORDER, _MASK = 1, 2, 3  # which of the plan's random numbers a key is for
+
+
+class Corrupted(NamedTuple):
+    """A batch with masks in it."""
+
+    xt_BL: Tensor
+    """int64 [B, L]: the tokens, some replaced by the mask."""
+    masked_BL: Tensor
+    """bool [B, L]: where they were replaced."""
+    weight_BL: Tensor
+    """fp32 [B, L]: the weight of each masked token's cross-entropy, 1 / p; 0 elsewhere."""
+    t_B: Tensor
+    """fp64 [B]: the time of each sample."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorruptionPlan:
+    """How samples get their masks."""
+
+    group: int
+    """N, the samples of one optimiser step: times are stratified over them."""
+    times: Literal["stratified", "independent"] = "stratified"
+    """stratified: the N times of a step are spread evenly with one common offset; independent: each is its own draw."""
+    masking: Literal["bernoulli", "exact"] = "bernoulli"
+    """bernoulli: each token by itself with p_mask(t); exact: exactly k of n tokens, k uniform in 1 .. n by way of t."""
+    eps: float = EPS
+    """The smallest probability of a mask."""
+    seed: int = 0
+    """Another seed, other masks."""
+
+    def __post_init__(self) -> None:
+        if self.group < 1:
+            raise ValueError(f"group={self.group}: a step has at least one sample")
+        if self.times not in ("stratified", "independent"):
+            raise ValueError(f"times={self.times!r}: it is 'stratified' or 'independent'")
+        if self.masking not in ("bernoulli", "exact"):
+            raise ValueError(f"masking={self.masking!r}: it is 'bernoulli' or 'exact'")
+        if not 0 < self.eps < 1:
+            raise ValueError(f"eps={self.eps}: it lies between 0 and 1")
+
+    def sample_times(self, samples_B: Tensor) -> Tensor:
+        """t of each sample, fp64 [B] in (0, 1).
+
+        Stratified: t_i = (u + order_i / N) mod 1 with one u per step, where `order` is a keyed permutation of the N
+        places. Each t is uniform by itself, and every interval of length 1/N holds exactly one of a step's times.
+
+        Args:
+            samples_B: int64 [B].
+        """
+        if self.times == "independent":
+            return keyed_uniform(self.seed, _TIME, samples_B)
+        step_B, place_B = samples_B // self.group, samples_B % self.group
+        order_B = torch.empty_like(place_B)
+        for step in step_B.unique().tolist():
+            here = step_B == step
+            order = keyed_permutation(self.group, self.seed, _ORDER, step).to(place_B.device)
+            order_B[here] = order[place_B[here]]
+        return (keyed_uniform(self.seed, _TIME, step_B) + order_B / self.group) % 1.0
+
+    def corrupt(self, ids_BL: Tensor, maskable_BL: Tensor, samples_B: Tensor, mask_token_id: int) -> Corrupted:
+        """Masks a batch.
+
+        Args:
+            ids_BL: int64 [B, L], the clean tokens.
+            maskable_BL: bool [B, L], which of them may be masked (not the prompt, not the padding).
+            samples_B: int64 [B], the sample of each row.
+            mask_token_id: what a masked token becomes.
+
+        Returns:
+            The masked batch. A row that is cut or padded masks its first tokens the same way.
+        """
+        t_B = self.sample_times(samples_B)
+        positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
+        u_BL = keyed_uniform(self.seed, _MASK, samples_B[:, None], positions_L[None])
+        if self.masking == "bernoulli":
+            p_B1 = mask_probability(t_B, self.eps)[:, None]
+            masked_BL = maskable_BL & (u_BL < p_B1)
+        else:
+            n_B = maskable_BL.sum(1)
+            k_B = (t_B * n_B).floor().long().add(1).minimum(n_B)
+            place_BL = u_BL.masked_fill(~maskable_BL, 2.0).argsort(1, stable=True).argsort(1, stable=True)
+            masked_BL = maskable_BL & (place_BL < k_B[:, None])
+            p_B1 = (k_B / n_B.clamp(min=1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        weight_BL = torch.where(masked_BL, elbo_weight(p_B1), 0.0).float()
+        return Corrupted(ids_BL.masked_fill(masked_BL, mask_token_id), masked_BL, weight_BL, t_B)

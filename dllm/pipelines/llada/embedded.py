@@ -1,0 +1,26 @@
+"""The models that ship inside the package, under names like `builtin:sudoku9`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+from dllm.errors import CheckpointError, did_you_mean
+
+DEFAULT = "builtin:sudoku9"
+"""What is used where no model is named."""
+
+
+def resolve(name_or_path: str) -> str:
+    """`builtin:NAME` as the folder that it lies in; anything else as it is.
+
+    Raises:
+        CheckpointError: no embedded model has that name.
+    """
+    if not name_or_path.startswith("builtin:"):
+        return name_or_path
+    name = name_or_path.removeprefix("builtin:")
+    root = files("dllm.pipelines.llada").joinpath("embedded_models")
+    there = [entry.name for entry in root.iterdir() if entry.is_dir()]
+    if name not in there:
+        raise CheckpointError(f"No model {name_or_path!r} ships with dllm.{did_you_mean(name, there)}")
+    return str(root.joinpath(name))

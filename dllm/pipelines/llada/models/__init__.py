@@ -1,0 +1,1 @@
+"""LLaDA's models, registered with transformers' Auto classes when they are imported."""

@@ -1,0 +1,217 @@
+"""Dense LLaDA: a pre-norm transformer without a causal mask, in the tensor names of the public checkpoints.
+
+Shapes: B batch, L positions, D width, V embedding rows, H query heads, G key/value heads, K head width.
+Source: Nie et al., Large Language Diffusion Models, arXiv:2502.09992; the block is Llama's (RMSNorm, rotary positions,
+gated SiLU) with full attention.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from dllm.layers.attention import attend, padding_mask
+from dllm.layers.norm import RMSNorm
+from dllm.layers.rope import rotary_tables, rotate
+from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
+
+
+class LLaDABlock(GradientCheckpointingLayer):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    is_causal = False
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int) -> None:
+        super().__init__()
+        d_model, kv_width, hidden = config.d_model, config.n_kv_heads * config.head_dim, config.mlp_hidden_size
+        self.config = config
+        self.layer_idx = layer_idx
+        self.scaling = config.head_dim**-0.5
+        self.num_key_value_groups = config.n_heads // config.n_kv_heads
+        self.attn_norm = RMSNorm(d_model, config.rms_norm_eps)
+        self.q_proj = nn.Linear(d_model, d_model, bias=False)
+        self.k_proj = nn.Linear(d_model, kv_width, bias=False)
+        self.v_proj = nn.Linear(d_model, kv_width, bias=False)
+        self.attn_out = nn.Linear(d_model, d_model, bias=False)
+        self.ff_norm = RMSNorm(d_model, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(d_model, hidden, bias=False)
+        self.up_proj = nn.Linear(d_model, hidden, bias=False)
+        self.ff_out = nn.Linear(hidden, d_model, bias=False)
+
+    def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None) -> Tensor:
+        B, L, _ = x_BLD.shape
+        h = self.attn_norm(x_BLD)
+        query, key, value = (
+            projection(h).view(B, L, -1, self.config.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = attend(self, rotate(query, cos, sin), rotate(key, cos, sin), value, attention_mask)
+        x_BLD = x_BLD + self.attn_out(mixed.reshape(B, L, -1))
+        h = self.ff_norm(x_BLD)
+        return x_BLD + self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
+
+
+class LLaDAPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know of a LLaDA model: its configuration, how it starts, what it supports."""
+
+    config_class = LLaDAConfig
+    config: LLaDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDABlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Starts a model from nothing; weights that a checkpoint brings are left alone by `init`.
+
+        `init_fn: mitchell` is the public models' start: 1 / sqrt(D) for what reads the residual stream, and
+        1 / sqrt(2 * fan_in * (layer + 1)) for what writes to it. Any other value means a normal of `init_std`.
+        """
+        mitchell = self.config.init_fn == "mitchell"
+        reading = self.config.d_model**-0.5 if mitchell else self.config.init_std
+        if isinstance(module, LLaDABlock):
+            for linear in (module.q_proj, module.k_proj, module.v_proj, module.ff_proj, module.up_proj):
+                init.normal_(linear.weight, std=reading)
+            for linear in (module.attn_out, module.ff_out):
+                writing = 1 / math.sqrt(2 * linear.in_features * (module.layer_idx + 1))
+                init.normal_(linear.weight, std=writing if mitchell else self.config.init_std)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, LLaDAModel):
+            init.normal_(module.transformer.wte.weight, std=reading)
+            if "ff_out" in module.transformer:
+                init.normal_(module.transformer.ff_out.weight, std=reading)
+
+
+class LLaDAModel(LLaDAPreTrainedModel):
+    """Embeddings, blocks and the last norm.
+
+    The public names put the language-model head, `transformer.ff_out`, inside; `LLaDAModelLM` applies it. A model with
+    tied embeddings has none.
+    """
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__(config)
+        parts: dict[str, nn.Module] = {
+            "wte": nn.Embedding(config.embedding_size, config.d_model),
+            "blocks": nn.ModuleList(LLaDABlock(config, i) for i in range(config.n_layers)),
+            "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+        }
+        if not config.weight_tying:
+            parts["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
+        self.transformer = nn.ModuleDict(parts)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.transformer["wte"]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.transformer["wte"] = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutput:
+        """Hidden states after the last norm.
+
+        Args:
+            input_ids: int64 [B, L].
+            attention_mask: [B, L], non-zero at real positions; None where there is no padding (and nothing is paid).
+            position_ids: int64 [B, L] or [1, L]; from 0 by default. Positions are relative, so padding on the left
+                needs none.
+            inputs_embeds: [B, L, D] in place of `input_ids`.
+            output_hidden_states: also return every block's input and the final states.
+            return_dict: accepted for transformers' callers; a dict-like output is always returned.
+
+        Returns:
+            `last_hidden_state` [B, L, D] and, if asked, `hidden_states`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x_BLD = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None]
+        cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+        mask = padding_mask(self.config, x_BLD, attention_mask)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        states: list[Tensor] = []
+        for block in self.transformer["blocks"]:
+            if wanted:
+                states.append(x_BLD)
+            x_BLD = block(x_BLD, cos, sin, mask)
+        x_BLD = self.transformer["ln_f"](x_BLD)
+        return BaseModelOutput(last_hidden_state=x_BLD, hidden_states=(*states, x_BLD) if wanted else None)
+
+
+class LLaDAModelLM(LLaDAPreTrainedModel):
+    """The mask predictor p(x0 | xt): logits of every position's token, given all others."""
+
+    def __init__(self, config: LLaDAConfig) -> None:
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> MaskedLMOutput:
+        """Logits, only where they are asked for. There is no loss here: `dllm.diffusion.objective` is its one home.
+
+        Args:
+            input_ids: int64 [B, L].
+            attention_mask: see `LLaDAModel.forward`.
+            position_ids: see `LLaDAModel.forward`.
+            inputs_embeds: see `LLaDAModel.forward`.
+            logits_to_keep: 0 for all positions; n for the last n; int64 [n] for those positions of every row; boolean
+                [B, L] for the N positions that are True, in row order.
+            output_hidden_states: see `LLaDAModel.forward`.
+            return_dict: see `LLaDAModel.forward`.
+
+        Returns:
+            `logits` [B, L, V], [B, n, V], or [N, V] for a boolean mask.
+        """
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = output.last_hidden_state
+        if isinstance(logits_to_keep, Tensor):
+            hidden = hidden[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden[:, logits_to_keep]
+        elif logits_to_keep:
+            hidden = hidden[:, -logits_to_keep:]
+        logits = nn.functional.linear(hidden, self.get_output_embeddings().weight)
+        return MaskedLMOutput(logits=logits, hidden_states=output.hidden_states)
+
+
+AutoModel.register(LLaDAConfig, LLaDAModel, exist_ok=True)
+AutoModelForMaskedLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)

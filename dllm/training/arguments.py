@@ -1,0 +1,120 @@
+"""What can be set about a training run. The docstring of a field is its help text on the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+from dllm.diffusion.objective import check_normalisation
+from dllm.errors import OptionError
+
+
+def _help(text: str, **kwargs: Any) -> Any:
+    return field(metadata={"help": text}, **kwargs)
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str = _help(
+        "Folder, hub id, or builtin:NAME of a checkpoint. Pretraining takes its configuration and tokenizer and starts from "
+        "fresh weights (see --continue_from_weights), and also takes a preset: tiny, small, 50m, 1b, 8b.",
+        default="tiny",
+    )
+    tokenizer_name_or_path: str | None = _help(
+        "Tokenizer, when it is not the model's: folder or hub id, builtin:char (one token a character), or bpe:N (a "
+        "byte-level BPE of N entries, trained on the training text). A preset without one uses builtin:char.",
+        default=None,
+    )
+    config_overrides: str | None = _help(
+        "Changes to the configuration of a model that starts fresh, such as n_layers=8,d_model=192.", default=None
+    )
+    continue_from_weights: bool = _help(
+        "Pretraining starts from the checkpoint's weights, not from fresh ones.", default=False
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which data, and how they become rows."""
+
+    dataset_args: str = _help(
+        "Data, such as 'builtin:text', 'data/own.jsonl[train:10000,test:1000]' or a hub id with limits; several are joined "
+        "by ' + '.",
+        default="builtin:text",
+    )
+    max_length: int = _help("Tokens in a row; longer text is cut.", default=1024)
+    text_column: str = _help("The column to pretrain on.", default="text")
+    messages_column: str = _help("The column of conversations to fine-tune on.", default="messages")
+    num_proc: int | None = _help("Processes that turn text into tokens.", default=None)
+    random_length: float = _help(
+        "The share of pretraining steps whose rows are cut to a random length, so that short contexts are seen.",
+        default=0.01,
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers' TrainingArguments with the defaults of masked diffusion, and what that adds."""
+
+    loss_normalisation: str = _help(
+        "What the loss is divided by, over the global batch: token (all maskable tokens), sequence (each answer's length, "
+        "then the answers) or batch (the sequences).",
+        default="token",
+    )
+    times: str = _help(
+        "stratified: the times t of a step's samples are spread evenly, which lowers the variance; independent: each is "
+        "drawn by itself.",
+        default="stratified",
+    )
+    masking: str = _help(
+        "bernoulli: each token is masked by itself with probability p(t); exact: an exact count of tokens is masked.",
+        default="bernoulli",
+    )
+    optimizer: str = _help(
+        "adamw: what --optim names, for everything; muon: Muon for the matrices, AdamW for the rest.", default="adamw"
+    )
+    muon_learning_rate: float = _help("Learning rate of Muon's matrices; --learning_rate is AdamW's.", default=0.02)
+
+    output_dir: str | None = _help("Where checkpoints, the log and the final model go.", default=None)
+    learning_rate: float = _help("Peak learning rate.", default=4e-4)
+    weight_decay: float = _help("Weight decay (embeddings' norms excepted).", default=0.1)
+    bf16: bool | None = _help(  # type: ignore[assignment]
+        "Mixed precision in bf16; by default wherever the processor has it.", default=None
+    )
+    remove_unused_columns: bool = _help("The collators decide what a batch holds.", default=False)
+    logging_steps: float = _help("Steps between two lines of the log.", default=10)
+    save_total_limit: int | None = _help("Checkpoints to keep; older ones are deleted.", default=2)
+
+    def __post_init__(self) -> None:
+        if not torch.cuda.is_available() and not torch.backends.mps.is_available():
+            # without it two processes on a CPU would train two models side by side, silently
+            self.use_cpu = True
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
+        super().__post_init__()
+        check_normalisation(self.loss_normalisation)
+        for name, allowed in (
+            ("times", ("stratified", "independent")),
+            ("masking", ("bernoulli", "exact")),
+            ("optimizer", ("adamw", "muon")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise OptionError(f"--{name} {getattr(self, name)!r} does not exist: it is {' or '.join(allowed)}.")
+        if str(getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy)) != "random":
+            raise OptionError(
+                f"--train_sampling_strategy {self.train_sampling_strategy}: the order of the data is a keyed shuffle; "
+                f"leave this option out."
+            )
+
+
+def bf16_is_fast(cpu: bool) -> bool:
+    """Whether the processor multiplies bf16 matrices faster than fp32 ones."""
+    if not cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(bool(probe()) for probe in probes if probe is not None)

@@ -1,0 +1,238 @@
+"""The two jobs, `pretrain` and `sft`, from command-line arguments to a saved model. A family brings its models.
+
+Everything that can be wrong with the arguments, the data and the disk is found before the first step.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from dllm.data.collators import PretrainingCollator, SFTCollator
+from dllm.data.maps import pretraining_rows, sft_rows
+from dllm.data.sources import load_splits
+from dllm.errors import CheckpointError, DataError, DllmError, OptionError, did_you_mean
+from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from dllm.training.callbacks import JsonLog, StopOnSignal
+from dllm.training.trainer import MaskedDiffusionTrainer
+
+FINAL = "checkpoint-final"
+BYTES_A_PARAMETER = 12
+"""A checkpoint's weights and two optimiser moments in fp32."""
+
+Task = Literal["pretrain", "sft"]
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pretrain": {},
+    # LLaDA's recipe (arXiv:2502.09992, section 2.3 and GUIDELINES)
+    "sft": dict(loss_normalisation="sequence", learning_rate=2.5e-5, model_name_or_path="builtin:sudoku9"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What a family of models brings to training."""
+
+    presets: Sequence[str]
+    make_tokenizer: Callable[[str, Any], PreTrainedTokenizerBase]
+    """(name, function that gives training texts) -> tokenizer; the name is a path, an id, builtin:char or bpe:N."""
+    load_config: Callable[[str], Any]
+    load_model: Callable[..., PreTrainedModel]
+    fresh_model: Callable[..., PreTrainedModel]
+    trainer: type[MaskedDiffusionTrainer]
+
+
+def parse_arguments(
+    task: Task, argv: Sequence[str] | None = None
+) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """Reads the command line.
+
+    Raises:
+        OptionError: an option that does not exist (with the nearest name), or a value that does not fit.
+        SystemExit: --help, or a value of the wrong type.
+    """
+    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task])
+    parser.set_defaults(**TASK_DEFAULTS[task])
+    try:
+        *parsed, unknown = parser.parse_args_into_dataclasses(
+            None if argv is None else list(argv), return_remaining_strings=True
+        )
+    except DllmError:
+        raise
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    if unknown:
+        names = {f"--{field.name}" for kind in kinds for field in fields(kind)}
+        raise OptionError(f"There is no option {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], names)}")
+    model_args, data_args, training_args = parsed
+    if not 0 <= data_args.random_length <= 1:
+        raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
+    if data_args.max_length < 2:
+        raise OptionError(f"--max_length {data_args.max_length}: a row has at least 2 tokens.")
+    return model_args, data_args, training_args
+
+
+_DESCRIPTIONS = {
+    "pretrain": "Pretrain a masked-diffusion language model on plain text.",
+    "sft": "Fine-tune a masked-diffusion language model on conversations.",
+}
+
+
+def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
+    """Trains, and saves model and tokenizer to `output_dir/checkpoint-final`.
+
+    Args:
+        task: "pretrain" or "sft".
+        family: the models.
+        argv: the command line; `sys.argv` by default.
+
+    Returns:
+        The folder of the final model.
+
+    Raises:
+        DllmError: the arguments, the data, the checkpoint or the disk; before training starts.
+        SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    model_args, data_args, args = parse_arguments(task, argv)
+    resume = check_output_dir(args)
+    set_seed(args.seed)
+    tokenizer, model, train, test = prepare(task, family, model_args, data_args)
+    if args.eval_strategy != "no" and test is None:
+        raise DataError(f"--eval_strategy {args.eval_strategy} needs test rows: write  NAME[train:N,test:M].")
+    _check_disk(Path(str(args.output_dir)), model)
+
+    stop = StopOnSignal()
+    trainer = family.trainer(
+        model,
+        args,
+        processing_class=tokenizer,
+        train_dataset=train,
+        eval_dataset=test,
+        make_collator=make_collator(task, data_args, tokenizer),
+    )
+    trainer.add_callback(stop)
+    trainer.add_callback(JsonLog(trainer.train_plan.group * data_args.max_length))
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            raise CheckpointError(
+                f"The disk of {args.output_dir} is full. Free some space; then go on from the last whole checkpoint with "
+                f"--resume_from_checkpoint auto."
+            ) from error
+        raise
+    if stop.received is not None:
+        if trainer.is_world_process_zero():
+            print(f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto")
+        raise SystemExit(128 + stop.received)
+    if test is not None:
+        trainer.log_metrics("eval", trainer.evaluate())
+    return _save(trainer, Path(str(args.output_dir)) / FINAL)
+
+
+def prepare(
+    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, datasets.Dataset, datasets.Dataset | None]:
+    """Tokenizer, model, and rows of ids; cheap checks come first, weights last."""
+    name = model_args.model_name_or_path
+    preset = name in family.presets
+    if task == "sft" and preset:
+        raise OptionError(f"{name!r} is a shape without weights: pretrain it first, then fine-tune the folder that it made.")
+    config = None if preset else family.load_config(name)
+    if config is not None and data_args.max_length > config.max_position_embeddings:
+        raise OptionError(
+            f"--max_length {data_args.max_length} exceeds the model's context of {config.max_position_embeddings}."
+        )
+    column = "text" if task == "pretrain" else "messages"
+    train, test = load_splits(
+        data_args.dataset_args, column=column, source_column=getattr(data_args, f"{column}_column")
+    )
+    tokenizer = family.make_tokenizer(
+        model_args.tokenizer_name_or_path or ("builtin:char" if preset else name), lambda: iter(train["text"])
+    )
+    rows = partial(pretraining_rows if task == "pretrain" else sft_rows, tokenizer=tokenizer)
+    train_rows = rows(train, max_length=data_args.max_length, workers=data_args.num_proc)
+    test_rows = None if test is None else rows(test, max_length=data_args.max_length, workers=data_args.num_proc)
+    if task == "pretrain" and not model_args.continue_from_weights:
+        model = family.fresh_model(name, tokenizer, model_args.config_overrides, data_args.max_length)
+    elif model_args.config_overrides:
+        raise OptionError("--config_overrides only changes a model that starts fresh: leave it out.")
+    else:
+        model = family.load_model(name, dtype="float32")
+    return tokenizer, model, train_rows, test_rows
+
+
+def make_collator(
+    task: Task, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[int, int], Any]:
+    """The collator of a task, once the seed and the size of a step are known."""
+    if task == "pretrain":
+        return lambda seed, group: PretrainingCollator(seed=seed, group=group, random_length=data_args.random_length)
+    return lambda seed, group: SFTCollator(seed=seed, eos_token_id=int(tokenizer.eos_token_id))
+
+
+def check_output_dir(args: TrainingArguments) -> str | None:
+    """Makes sure that the output folder can be written and holds nothing that would be lost.
+
+    Returns:
+        The checkpoint to resume from, if that was asked for.
+
+    Raises:
+        OptionError: none is given, it is not empty, it cannot be written, or there is no checkpoint to resume from.
+    """
+    if not args.output_dir:
+        raise OptionError("Give --output_dir, the folder for checkpoints and the final model.")
+    folder = Path(args.output_dir)
+    resume = args.resume_from_checkpoint
+    if isinstance(resume, str) and resume.lower() in ("auto", "true", "last"):
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None and folder.is_dir() and any(folder.iterdir()):
+            raise OptionError(f"--resume_from_checkpoint {resume}: {folder} holds no checkpoint to go on from.")
+        return None if last is None else str(last)
+    if resume:
+        if not (Path(resume) / "trainer_state.json").exists():
+            raise OptionError(f"--resume_from_checkpoint {resume}: that is no checkpoint folder. Say auto for the last one.")
+        return str(resume)
+    if args.process_index == 0:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise OptionError(
+                f"--output_dir {folder} is not empty: name another folder, empty this one, or go on from its last checkpoint "
+                f"with --resume_from_checkpoint auto."
+            )
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OptionError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
+        if not os.access(folder, os.W_OK):
+            raise OptionError(f"--output_dir {folder} cannot be written to.")
+    return None
+
+
+def _check_disk(folder: Path, model: PreTrainedModel) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    needed = BYTES_A_PARAMETER * sum(p.numel() for p in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OptionError(
+            f"The disk of {folder} has {free / 1e9:.2f} GB free and one checkpoint takes about {needed / 1e9:.2f} GB: free some "
+            f"space, or name another --output_dir."
+        )
+
+
+def _save(trainer: MaskedDiffusionTrainer, folder: Path) -> Path:
+    """The final model and tokenizer, and nothing of the run."""
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink(missing_ok=True)
+        trainer.state.save_to_json(str(folder.parent / "trainer_state.json"))
+        print(f"Saved the model and its tokenizer to {folder}")
+    return folder

@@ -1,0 +1,161 @@
+"""The Trainer: transformers' own, with the loss of masked diffusion and an order of data that any topology shares.
+
+Shapes: B samples, L positions, N masked positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
+
+from dllm.data.order import OrderedDataset
+from dllm.diffusion.corruption import CorruptionPlan
+from dllm.diffusion.objective import batch_count, masked_loss, masked_nll
+from dllm.training.arguments import TrainingArguments
+from dllm.training.optimizers import build_muon
+
+
+class MaskedDiffusionTrainer(transformers.Trainer):
+    """Trains a mask predictor.
+
+    Args:
+        model: takes `input_ids` and `logits_to_keep` (bool [B, L]) and gives `logits` [N, V].
+        args: the settings.
+        processing_class: the tokenizer, saved with every checkpoint.
+        train_dataset: rows that the collator understands.
+        eval_dataset: likewise.
+        make_collator: gives the collator for (seed, samples of one step).
+        **kwargs: of `transformers.Trainer`.
+    """
+
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        processing_class: PreTrainedTokenizerBase,
+        train_dataset: Any,
+        eval_dataset: Any | None,
+        make_collator: Callable[[int, int], Callable[[list[dict[str, Any]]], dict[str, Tensor]]],
+        **kwargs: Any,
+    ) -> None:
+        group = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        super().__init__(
+            model=model,
+            args=args,
+            processing_class=processing_class,
+            train_dataset=OrderedDataset(train_dataset, seed=seed, group=group),
+            eval_dataset=None
+            if eval_dataset is None
+            else OrderedDataset(eval_dataset, seed=seed, group=len(eval_dataset), shuffle=False),
+            data_collator=make_collator(seed, group),
+            compute_metrics=_mean_loss,
+            **kwargs,
+        )
+        # ours is normalised over the whole accumulated batch already; transformers must not divide it again
+        self.loss_is_scaled_for_ga = True
+        self.mask_token_id = int(model.config.mask_token_id)
+        masks = {"times": args.times, "masking": args.masking, "seed": seed}
+        self.train_plan = CorruptionPlan(group=group, **masks)  # type: ignore[arg-type]
+        # evaluation: a fixed grid of t and fixed masks, so that two evaluations differ by the model alone
+        self.eval_plan = CorruptionPlan(
+            group=1 if eval_dataset is None else len(eval_dataset), **{**masks, "times": "stratified"}  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)  # OrderedDataset shuffles
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
+        """The loss's denominator: over all accumulation steps, and over all ranks."""
+        if not batch_samples:
+            return None
+        counts = [batch_count(batch["maskable"], self.args.loss_normalisation) for batch in batch_samples]  # type: ignore[arg-type]
+        total = torch.stack(counts).sum().float().to(device)
+        return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+
+    def weighted_nll(self, model: nn.Module, inputs: dict[str, Tensor], plan: CorruptionPlan) -> tuple[Tensor, ...]:
+        """One forward: masks a batch and scores the clean tokens at the masks.
+
+        Returns:
+            (nll fp32 [N], weight fp32 [B, L], masked bool [B, L]).
+        """
+        noisy = plan.corrupt(inputs["input_ids"], inputs["maskable"], inputs["sample"], self.mask_token_id)
+        logits_NV = model(input_ids=noisy.xt_BL, logits_to_keep=noisy.masked_BL).logits
+        return masked_nll(logits_NV, inputs["input_ids"][noisy.masked_BL]), noisy.weight_BL, noisy.masked_BL
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The loss of this rank's micro-batch: its part of the sum, over the global batch's denominator."""
+        nll, weight, masked = self.weighted_nll(model, inputs, self.train_plan)
+        part = masked_loss(nll, weight, masked, inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
+        if num_items_in_batch is None:
+            num_items_in_batch = batch_count(inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
+        # data-parallel engines average gradients over ranks, and the denominator already spans them
+        loss = part / num_items_in_batch * self.args.world_size
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Each row's share of the evaluation loss, [B, 2]: numerator and denominator, so that ranks add up exactly."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nll, weight, masked = self.weighted_nll(model, inputs, self.eval_plan)
+        row_N = masked.nonzero()[:, 0]
+        zeros = torch.zeros(len(masked), device=nll.device)
+        numerator_B = zeros.index_add(0, row_N, nll * weight[masked])
+        denominator_B = inputs["maskable"].sum(1).float()
+        if self.args.loss_normalisation != "token":
+            if self.args.loss_normalisation == "sequence":
+                numerator_B = numerator_B / denominator_B.clamp(min=1)
+            denominator_B = inputs["maskable"].any(1).float()
+        return numerator_B.sum() / denominator_B.sum(), torch.stack([numerator_B, denominator_B], 1), denominator_B
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """transformers' loop, its loss replaced by the exact quotient: a mean over batches would depend on their sizes."""
+        kwargs["prediction_loss_only"] = False
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        output.metrics[f"{prefix}_loss"] = output.metrics.pop(f"{prefix}_exact_loss")
+        return output
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW by transformers, or Muon with AdamW."""
+        if self.args.optimizer == "adamw" or self.optimizer is not None:
+            return super().create_optimizer(model)
+        whole = self.model if model is None else model
+        self.optimizer = build_muon(
+            whole,
+            muon_learning_rate=self.args.muon_learning_rate,
+            learning_rate=self.args.learning_rate,
+            weight_decay=self.args.weight_decay,
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            decayed=set(self.get_decay_parameter_names(whole)),
+        )
+        return self.optimizer
+
+
+def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
+    rows = np.asarray(prediction.predictions, dtype=np.float64)
+    return {"exact_loss": float(rows[:, 0].sum() / rows[:, 1].sum())}
