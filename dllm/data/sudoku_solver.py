@@ -2,7 +2,7 @@
 
 A puzzle is a string of size * size characters in row order: digits from 1, and `.` for a blank (`0` and `_` are read as
 blanks). The solver keeps a candidate set, a bit mask, for each cell; it fills naked and hidden singles and then
-branches on the cell with the fewest candidates.
+branches on the cell with two candidates, else on a digit with two cells in a unit, else on the cell with the fewest.
 """
 
 from __future__ import annotations
@@ -127,14 +127,33 @@ def search(rules: Board, candidates: list[int], decided: list[int], limit: int, 
     if not open_cells:
         found.append(candidates)
         return
-    cell = min(open_cells, key=lambda c: candidates[c].bit_count())
-    rest = candidates[cell]
-    while rest and len(found) < limit:
-        bit = rest & -rest
-        rest ^= bit
+    for cell, bit in _branches(rules, candidates, open_cells):
+        if len(found) >= limit:
+            return
         branch = candidates.copy()
         branch[cell] = bit
         search(rules, branch, [cell], limit, found)
+
+
+def _branches(rules: Board, candidates: list[int], open_cells: list[int]) -> list[tuple[int, int]]:
+    """Returns (cell, digit bit) choices, exactly one of them right.
+
+    First choice is a cell with two digits, then a digit with two cells in a unit, then the cell with the fewest digits:
+    without the second, puzzles with few clues can take a thousand times as long.
+    """
+    cell = min(open_cells, key=lambda c: candidates[c].bit_count())
+    if candidates[cell].bit_count() > 2:
+        for unit in rules.units:
+            once = twice = thrice = 0
+            for c in unit:
+                mask = candidates[c]
+                thrice |= twice & mask
+                twice |= once & mask
+                once |= mask
+            if pair := twice & ~thrice:
+                bit = pair & -pair
+                return [(c, bit) for c in unit if candidates[c] & bit]
+    return [(cell, 1 << digit) for digit in range(rules.size) if candidates[cell] >> digit & 1]
 
 
 def _propagate(rules: Board, candidates: list[int], decided: list[int]) -> bool:

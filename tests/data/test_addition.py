@@ -71,7 +71,7 @@ def test_the_permutation_is_one_to_one(half_bits: int) -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(DataError, match="addition has no split 'tran'. Did you mean 'train'"):
+    with pytest.raises(DataError, match=r"addition has no split 'tran'. Did you mean 'train'"):
         problems("tran", 1)
     with pytest.raises(OptionError, match="digits is 10: operands can have 1 to 9 digits"):
         problems("train", 1, digits=10)

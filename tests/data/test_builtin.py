@@ -65,7 +65,7 @@ def test_every_data_set_describes_itself() -> None:
 
 
 def test_refusals_say_what_is_there() -> None:
-    with pytest.raises(DataError, match="no built-in data set 'sudoko9'. Did you mean 'sudoku9'"):
+    with pytest.raises(DataError, match=r"no built-in data set 'sudoko9'. Did you mean 'sudoku9'"):
         find_builtin("sudoko9")
     with pytest.raises(DataError, match="It can be one of: addition, sudoku6, sudoku9, text"):
         builtin_rows("qqq", "train", 1, column="text")
@@ -73,10 +73,10 @@ def test_refusals_say_what_is_there() -> None:
     with pytest.raises(DataError, match=re.escape(message)):
         builtin_rows("text", "train", 1, column="messages")
     with pytest.raises(
-        DataError, match="it has 'text', 'messages'. The column 'puzzle' is in builtin:sudoku9, builtin:s"
+        DataError, match=r"it has 'text', 'messages'. The column 'puzzle' is in builtin:sudoku9, builtin:s"
     ):
         builtin_rows("addition", "train", 1, column="puzzle")
-    with pytest.raises(DataError, match="it has 'text', 'messages', 'puzzle'.$"):
+    with pytest.raises(DataError, match=r"it has 'text', 'messages', 'puzzle'.$"):
         builtin_rows("sudoku6", "train", 1, column="labels")
     with pytest.raises(DataError, match="builtin:addition has no split 'valid'"):
         builtin_rows("addition", "valid", 1, column="text")
@@ -84,7 +84,7 @@ def test_refusals_say_what_is_there() -> None:
         builtin_rows("text", "test", 71, column="text")
     with pytest.raises(OptionError, match="n is -1"):
         builtin_rows("text", "test", -1, column="text")
-    with pytest.raises(DataError, match="text has no split 'trian'. Did you mean 'train'"):
+    with pytest.raises(DataError, match=r"text has no split 'trian'. Did you mean 'train'"):
         chapters("trian")
 
 
