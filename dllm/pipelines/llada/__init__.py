@@ -1,0 +1,45 @@
+"""LLaDA: dense models, tokenizers, sampling and training.
+
+    from dllm.pipelines import llada
+
+    llada.generate(model, tokenizer, prompts, ...)
+    llada.infilling(model, tokenizer, inputs, ...)
+    llada.pretrain([...]), llada.sft([...])
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# Imported here and not lazily: a submodule of the same name would otherwise stand where the function should.
+from dllm.pipelines.llada.generate import SamplingResult, generate, infilling
+from dllm.pipelines.llada.loading import best_device, fresh_model, load_model
+from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
+from dllm.pipelines.llada.models.modeling_llada import LLaDAModel, LLaDAModelLM
+from dllm.pipelines.llada.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from dllm.pipelines.llada.trainer import LLaDATrainer, pretrain, sft
+
+__all__ = [
+    "LLaDAConfig",
+    "LLaDAModel",
+    "LLaDAModelLM",
+    "LLaDATrainer",
+    "SamplingResult",
+    "best_device",
+    "fresh_model",
+    "generate",
+    "infilling",
+    "load_model",
+    "load_tokenizer",
+    "pretrain",
+    "sft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("LLaDATrainer", "pretrain", "sft"):  # transformers' Trainer takes seconds to import
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("dllm.pipelines.llada.trainer"), name)

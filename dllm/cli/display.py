@@ -1,0 +1,109 @@
+"""Denoising, shown while it happens: a canvas whose masks turn into tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from dllm.sampling.trace import StepEvent
+
+GIVEN, FRESH, FILLED, BLANK = "bold", "black on green", "green", "dim"
+Draw = Callable[[Sequence[str], Sequence[str]], Text]
+"""(pieces, styles) -> what to print; a piece is a token's text, or a sign for a mask."""
+
+
+class LiveCanvas:
+    """Shows one row of a run. Pass the object as `on_step`; use it as a context manager around the call.
+
+    Args:
+        start: the text of each position; None where it is masked.
+        decode: the text of a token id.
+        draw: lays the pieces out; plain running text by default.
+        row: which row of the batch to show.
+        seconds: time over which to spread the steps that are shown, however fast the model is.
+        steps: how many steps there will be.
+        console: where to; standard output by default. Not a terminal: the first, the middle and the last frame.
+    """
+
+    def __init__(
+        self,
+        start: Sequence[str | None],
+        decode: Callable[[int], str],
+        *,
+        draw: Draw | None = None,
+        row: int = 0,
+        seconds: float = 6.0,
+        steps: int | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.pieces = ["·" if piece is None else piece for piece in start]
+        self.styles = [BLANK if piece is None else GIVEN for piece in start]
+        self.decode, self.draw, self.row = decode, draw or running_text, row
+        self.total = steps if steps is not None else sum(piece is None for piece in start)
+        self.pause = seconds / max(1, self.total)
+        self.console = console or Console()
+        self.done = 0
+        self.live = Live(console=self.console, auto_refresh=False, transient=False)
+
+    def __enter__(self) -> LiveCanvas:
+        if self.console.is_terminal:
+            self.live.start()
+        self._show()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.styles = [FILLED if style == FRESH else style for style in self.styles]
+        if self.console.is_terminal:
+            self._show()
+            self.live.stop()
+        elif error is None:
+            self.console.print(self._frame())
+
+    def __call__(self, event: StepEvent) -> None:
+        self.styles = [FILLED if style == FRESH else style for style in self.styles]
+        here = event.row == self.row
+        if not bool(here.any()):
+            return
+        for position, token in zip(event.position[here].tolist(), event.token[here].tolist(), strict=True):
+            self.pieces[position], self.styles[position] = self.decode(token), FRESH
+        self.done += 1
+        self._show()
+        if self.console.is_terminal:
+            time.sleep(self.pause)
+
+    def _show(self) -> None:
+        if self.console.is_terminal:
+            self.live.update(self._frame(), refresh=True)
+        elif self.done in (0, self.total // 2):
+            self.console.print(self._frame())
+
+    def _frame(self) -> Group:
+        return Group(self.draw(self.pieces, self.styles), Text(f"step {self.done} of {self.total}", style="dim"))
+
+
+def running_text(pieces: Sequence[str], styles: Sequence[str]) -> Text:
+    """One piece after the other."""
+    return Text.assemble(*zip(pieces, styles, strict=True))
+
+
+def sudoku_grid(pieces: Sequence[str], styles: Sequence[str]) -> Text:
+    """81 or 36 cells as a grid with its boxes; what follows the cells is left out."""
+    size, box_rows, box_columns = (9, 3, 3) if len(pieces) >= 81 else (6, 2, 3)
+    boxes = size // box_columns
+    rule = lambda left, middle, right: Text(left + middle.join(["─" * (2 * box_columns + 1)] * boxes) + right + "\n")  # noqa: E731
+    text = rule("┌", "┬", "┐")
+    for row in range(size):
+        if row and row % box_rows == 0:
+            text += rule("├", "┼", "┤")
+        for column in range(size):
+            cell = row * size + column
+            text += Text("│ " if column % box_columns == 0 else "") + Text(pieces[cell], styles[cell]) + Text(" ")
+        text += Text("│\n")
+    return text + rule("└", "┴", "┘")

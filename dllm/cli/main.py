@@ -1,0 +1,57 @@
+"""`dllm COMMAND ...`: finds the command, and turns errors into one line each."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dllm import __version__
+from dllm.errors import DllmError, did_you_mean
+
+COMMANDS = {
+    "demo": "train a small model on sudoku from scratch, watch it solve unseen puzzles (3 minutes)",
+    "generate": "write after prompts, or solve a puzzle with the model that ships inside",
+    "pretrain": "pretrain a model on plain text",
+    "sft": "fine-tune a model on conversations",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status (2 for an error that the user can put right)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"dllm {__version__}")
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"dllm: there is no command {name!r}.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    try:
+        importlib.import_module(f"dllm.cli.{name}").main(rest)
+    except DllmError as error:
+        print(f"dllm {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\ndllm {name}: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe left: nothing is wrong here
+        return 0
+    return 0
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {what}" for name, what in COMMANDS.items())
+    return (
+        f"dllm {__version__}: masked-diffusion language models (LLaDA)\n\n"
+        f"usage: dllm COMMAND [options]\n\n{lines}\n\n"
+        f"dllm COMMAND --help says what a command can do."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

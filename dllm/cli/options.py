@@ -1,0 +1,81 @@
+"""Command-line options from a settings dataclass: its fields are the options, their docstrings the help."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import sys
+import textwrap
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, NoReturn
+
+from dllm.errors import OptionError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose unknown options name the nearest right one, and which never guesses from a prefix."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}. See  {self.prog} --help")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        for word in unknown:
+            if word.startswith("-"):
+                known = [name for action in self._actions for name in action.option_strings]
+                raise OptionError(f"There is no option {word!r}.{did_you_mean(word.split('=')[0], known)}")
+        if unknown:
+            raise OptionError(f"Nothing is known of {unknown[0]!r}. See  {self.prog} --help")
+        return parsed
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: type, aliases: Mapping[str, str]) -> None:
+    """Adds an option for every field; what the user leaves out is left out of the namespace.
+
+    Args:
+        parser: receives a group of options.
+        settings: a dataclass with attribute docstrings.
+        aliases: other spelling -> field.
+    """
+    group = parser.add_argument_group("sampling")
+    helps, types = attribute_docstrings(settings), typing.get_type_hints(settings)
+    for field in dataclasses.fields(settings):
+        names = [f"--{field.name}", *(f"--{other}" for other, target in aliases.items() if target == field.name)]
+        kind = types[field.name]
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": helps[field.name]}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif typing.get_origin(kind) is Literal:
+            options["choices"] = typing.get_args(kind)
+        elif typing.get_origin(kind) is tuple:
+            options |= {"nargs": "+", "type": typing.get_args(kind)[0], "metavar": "ID"}
+        else:
+            inner = [part for part in typing.get_args(kind) or (kind,) if part is not type(None)]
+            options |= {"type": inner[0], "metavar": "N" if inner[0] is int else "X"}
+        group.add_argument(*names, **options)
+
+
+def given_settings(arguments: argparse.Namespace, settings: type) -> dict[str, Any]:
+    """The settings that the user gave, as keyword arguments."""
+    return {f.name: getattr(arguments, f.name) for f in dataclasses.fields(settings) if hasattr(arguments, f.name)}
+
+
+def attribute_docstrings(cls: type) -> dict[str, str]:
+    """The string literal that follows each annotated field in a class's source, on one line."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    found = {}
+    for field, after in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[typing.cast(ast.Name, field.target).id] = " ".join(str(after.value.value).split()).replace("%", "%%")
+    return found
+
+
+def on_a_terminal() -> bool:
+    """Whether someone looks at standard output."""
+    return sys.stdout.isatty()
