@@ -45,24 +45,30 @@ class PretrainingCollator:
 class SFTCollator:
     """One assistant turn of each conversation is the answer; what comes before it is the prompt, what comes after is cut.
 
-    Rows are padded with end-of-text to the longest of the batch. That padding is attended to, and it is part of the answer
-    in loss and length: it is how the model learns to end (LLaDA, arXiv:2502.09992, section 2.3 and GUIDELINES).
+    Rows are padded with end-of-text to the longest of the batch (to `pad_to` where the rows bring it: the longest of the
+    whole step). That padding is attended to, and it is part of the answer in loss and length: it is how the model learns
+    to end (LLaDA, arXiv:2502.09992, section 2.3 and GUIDELINES).
     """
 
     seed: int
     eos_token_id: int
 
+    def answer(self, row: dict[str, Any], sample: int) -> tuple[int, int]:
+        """(start, end) of the turn drawn for a sample: each of a conversation's turns is as likely."""
+        draw = int(keyed_bits(self.seed, _TURN, sample)) % (len(row["turns"]) // 2)
+        return row["turns"][2 * draw], row["turns"][2 * draw + 1]
+
+    def length_of(self, row: dict[str, Any], sample: int) -> int:
+        """Tokens of the row up to the end of its drawn answer."""
+        return self.answer(row, sample)[1]
+
     def __call__(self, rows: list[dict[str, Any]]) -> Batch:
-        samples_B = torch.tensor([row["sample"] for row in rows])
-        draw_B = (keyed_bits(self.seed, _TURN, samples_B) >> 1).abs().tolist()
-        answers = []
-        for row, draw in zip(rows, draw_B, strict=True):
-            turn = draw % (len(row["turns"]) // 2)
-            answers.append((row["turns"][2 * turn], row["turns"][2 * turn + 1]))
-        longest = max(end for _, end in answers)
+        answers = [self.answer(row, row["sample"]) for row in rows]
+        longest = max(row.get("pad_to", end) for row, (_, end) in zip(rows, answers, strict=True))
         ids_BL = torch.full((len(rows), longest), self.eos_token_id)
         maskable_BL = torch.ones(len(rows), longest, dtype=torch.bool)
         for place, (row, (start, end)) in enumerate(zip(rows, answers, strict=True)):
             ids_BL[place, :end] = torch.tensor(row["input_ids"][:end])
             maskable_BL[place, :start] = False
+        samples_B = torch.tensor([row["sample"] for row in rows])
         return {"input_ids": ids_BL, "maskable": maskable_BL, "sample": samples_B}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -19,24 +19,54 @@ class OrderedDataset(Dataset[dict[str, Any]]):
     `self[position]` is the row at a place of this epoch's order, with `sample` added: the place counted through all
     epochs, each epoch starting at a multiple of `group`, so that a step's samples are one group of the corruption plan.
     The data loader reads positions in sequence (no shuffling sampler), on any number of processes.
+
+    Args:
+        rows: indexable by integers, with a length.
+        seed: of the shuffle.
+        group: samples of one optimiser step, all processes and accumulation steps together.
+        shuffle: off for evaluation.
+        length_of: (row, sample) -> tokens of the row once it is collated. With it every row says `pad_to`, the longest of
+            its step, so that padding does not depend on how a step is split over processes and micro-batches.
     """
 
-    def __init__(self, rows: Sequence[dict[str, Any]], *, seed: int, group: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        rows: Any,
+        *,
+        seed: int,
+        group: int,
+        shuffle: bool = True,
+        length_of: Callable[[dict[str, Any], int], int] | None = None,
+    ) -> None:
         self.rows = rows
         self.seed = seed
         self.group = group
         self.shuffle = shuffle
+        self.length_of = length_of
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of each epoch."""
         self.epoch = epoch
         self._order: Tensor | None = keyed_permutation(len(self.rows), self.seed, _ORDER, epoch) if self.shuffle else None
+        self._longest = (-1, 0)  # (first position of a step, its longest row)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        index = position if self._order is None else int(self._order[position])
-        groups_an_epoch = -(-len(self.rows) // self.group)
-        return {**self.rows[index], "sample": self.epoch * groups_an_epoch * self.group + position}
+        row = {**self._row(position), "sample": self._sample(position)}
+        if self.length_of is not None:
+            first = position - position % self.group
+            if self._longest[0] != first:
+                step = range(first, min(first + self.group, len(self)))
+                self._longest = (first, max(self.length_of(self._row(p), self._sample(p)) for p in step))
+            row["pad_to"] = self._longest[1]
+        return row
+
+    def _row(self, position: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.rows[position if self._order is None else int(self._order[position])]
+        return row
+
+    def _sample(self, position: int) -> int:
+        return self.epoch * -(-len(self.rows) // self.group) * self.group + position

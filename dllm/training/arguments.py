@@ -75,6 +75,11 @@ class TrainingArguments(transformers.TrainingArguments):
         "bernoulli: each token is masked by itself with probability p(t); exact: an exact count of tokens is masked.",
         default="bernoulli",
     )
+    pad_to: str = _help(
+        "Fine-tuning pads the rows of a step with end-of-text to the longest of the step: of the whole step (global, so "
+        "that the loss does not depend on how it is split), or of each device's part of it (local, less work).",
+        default="global",
+    )
     optimizer: str = _help(
         "adamw: what --optim names, for everything; muon: Muon for the matrices, AdamW for the rest.", default="adamw"
     )
@@ -96,11 +101,14 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every parameter takes part; looking for others costs a traversal
         super().__post_init__()
         check_normalisation(self.loss_normalisation)
         for name, allowed in (
             ("times", ("stratified", "independent")),
             ("masking", ("bernoulli", "exact")),
+            ("pad_to", ("global", "local")),
             ("optimizer", ("adamw", "muon")),
         ):
             if getattr(self, name) not in allowed:

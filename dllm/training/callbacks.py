@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,10 +20,10 @@ class JsonLog(TrainerCallback):
     A resumed run goes on after the step that it resumes from; lines past it are dropped.
     """
 
-    def __init__(self, tokens_a_step: int) -> None:
-        self.tokens_a_step = tokens_a_step
+    def __init__(self, tokens_seen: Callable[[], int]) -> None:
+        self.tokens_seen = tokens_seen
         self.path: Path | None = None
-        self.seconds_before = 0.0
+        self.before = {"seconds": 0.0, "tokens": 0}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -34,7 +35,7 @@ class JsonLog(TrainerCallback):
         if state.global_step and self.path.exists():
             kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.before = {key: kept[-1][key] if kept else 0 for key in self.before}
         self.began = time.monotonic()
 
     def on_log(
@@ -49,8 +50,8 @@ class JsonLog(TrainerCallback):
             return
         row = {
             "step": state.global_step,
-            "tokens": state.global_step * self.tokens_a_step,
-            "seconds": round(self.seconds_before + time.monotonic() - self.began, 2),
+            "tokens": int(self.before["tokens"]) + self.tokens_seen() * args.world_size,
+            "seconds": round(self.before["seconds"] + time.monotonic() - self.began, 2),
             **logs,
         }
         with self.path.open("a", encoding="utf-8") as file:

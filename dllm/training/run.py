@@ -120,7 +120,15 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         make_collator=make_collator(task, data_args, tokenizer),
     )
     trainer.add_callback(stop)
-    trainer.add_callback(JsonLog(trainer.train_plan.group * data_args.max_length))
+    trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
+    if trainer.is_world_process_zero():
+        print(
+            f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} rows; a step is "
+            f"{args.world_size} processes x {args.train_batch_size} samples x {args.gradient_accumulation_steps} accumulated; "
+            f"{trainer.accelerator.distributed_type.value}, {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'} on "
+            f"{args.device}",
+            flush=True,
+        )
     try:
         trainer.train(resume_from_checkpoint=resume)
     except OSError as error:

@@ -51,18 +51,22 @@ class MaskedDiffusionTrainer(transformers.Trainer):
     ) -> None:
         group = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.data_seed if args.data_seed is not None else args.seed
+        collator = make_collator(seed, group)
+        order = {"seed": seed, "length_of": getattr(collator, "length_of", None) if args.pad_to == "global" else None}
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
-            train_dataset=OrderedDataset(train_dataset, seed=seed, group=group),
+            train_dataset=OrderedDataset(train_dataset, group=group, **order),
             eval_dataset=None
             if eval_dataset is None
-            else OrderedDataset(eval_dataset, seed=seed, group=len(eval_dataset), shuffle=False),
-            data_collator=make_collator(seed, group),
+            else OrderedDataset(eval_dataset, group=len(eval_dataset), shuffle=False, **order),
+            data_collator=collator,
             compute_metrics=_mean_loss,
             **kwargs,
         )
+        self.tokens_seen = 0
+        """Tokens of this process's batches since training began or went on, padding included."""
         # ours is normalised over the whole accumulated batch already; transformers must not divide it again
         self.loss_is_scaled_for_ga = True
         self.mask_token_id = int(model.config.mask_token_id)
@@ -80,6 +84,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         """The loss's denominator: over all accumulation steps, and over all ranks."""
         if not batch_samples:
             return None
+        self.tokens_seen += sum(batch["input_ids"].numel() for batch in batch_samples)
         counts = [batch_count(batch["maskable"], self.args.loss_normalisation) for batch in batch_samples]  # type: ignore[arg-type]
         total = torch.stack(counts).sum().float().to(device)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
