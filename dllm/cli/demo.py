@@ -85,9 +85,7 @@ def main(argv: Sequence[str]) -> None:
         task = progress.add_task("solving", total=len(unseen) * len(PER_FORWARD))
         for speed in PER_FORWARD:
             scores.append(
-                score(
-                    model, tokenizer, unseen, tokens_per_forward=speed, on_batch=lambda n: progress.advance(task, n)
-                )
+                score(model, tokenizer, unseen, tokens_per_forward=speed, on_batch=lambda n: progress.advance(task, n))
             )
     table = Table("tokens per forward", "forwards a puzzle", "solved exactly")
     for row in scores:

@@ -36,7 +36,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("prompts", nargs="*", help="prompts; puzzles (81 characters, . for blanks) without a model")
     parser.add_argument("--model_name_or_path", default=EMBEDDED, help=f"folder, hub id or builtin:NAME ({EMBEDDED})")
     parser.add_argument("--prompts_file", type=Path, help="a file of prompts, one a line; - for standard input")
-    parser.add_argument("--raw", action="store_true", help="prompts are plain text, also where there is a chat template")
+    parser.add_argument(
+        "--raw", action="store_true", help="prompts are plain text, also where there is a chat template"
+    )
     parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time; changes nothing but speed")
     parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, float16")
     parser.add_argument("--device", help="cuda, mps or cpu; by default the first that is there")
@@ -98,7 +100,9 @@ def _solve(arguments: Namespace, puzzles: list[str], options: dict[str, Any]) ->
     from dllm.errors import DataError
 
     if "gen_length" in options:
-        raise OptionError("--gen_length has no meaning for a puzzle: its blanks say what to write. Name a model for text.")
+        raise OptionError(
+            "--gen_length has no meaning for a puzzle: its blanks say what to write. Name a model for text."
+        )
     if not puzzles:
         seed = options.get("seed", random.randrange(10**6))
         puzzles = [unseen_puzzles(9, "test", 1, clues=(30, 40), seed=seed)[0][0]]
@@ -121,7 +125,9 @@ def _solve(arguments: Namespace, puzzles: list[str], options: dict[str, Any]) ->
             grid, result = fill_puzzles(model, tokenizer, [puzzle], **options)
         else:
             start = [None if c == "." else c for c in puzzle]
-            with LiveCanvas(start, lambda i: tokenizer.decode([i]), draw=sudoku_grid, steps=options.get("steps")) as live:
+            with LiveCanvas(
+                start, lambda i: tokenizer.decode([i]), draw=sudoku_grid, steps=options.get("steps")
+            ) as live:
                 grid, result = fill_puzzles(model, tokenizer, [puzzle], on_step=live, **options)
         right = is_solution(puzzle, grid[0])
         if arguments.json:
@@ -163,7 +169,9 @@ def _write(arguments: Namespace, prompts: list[str], options: dict[str, Any]) ->
         rows = zip(prompts[part], result.texts, result.steps, result.new_tokens, strict=True)
         for prompt, text, steps, new_tokens in rows:
             if arguments.json:
-                print(json.dumps({"prompt": prompt, "text": text, "steps": steps, "new_tokens": new_tokens}), flush=True)
+                print(
+                    json.dumps({"prompt": prompt, "text": text, "steps": steps, "new_tokens": new_tokens}), flush=True
+                )
             else:
                 console.print(f"[bold]{'>'} [/bold]", end="")
                 console.print(prompt, markup=False)

@@ -48,7 +48,9 @@ class OrderedDataset(Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of each epoch."""
         self.epoch = epoch
-        self._order: Tensor | None = keyed_permutation(len(self.rows), self.seed, _ORDER, epoch) if self.shuffle else None
+        self._order: Tensor | None = (
+            keyed_permutation(len(self.rows), self.seed, _ORDER, epoch) if self.shuffle else None
+        )
         self._longest = (-1, 0)  # (first position of a step, its longest row)
 
     def __len__(self) -> int:

@@ -46,9 +46,7 @@ def load_splits(
     return train, test
 
 
-def _load_source(
-    spec: SourceSpec, column: str, source_column: str
-) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def _load_source(spec: SourceSpec, column: str, source_column: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     if spec.name.startswith("builtin:"):
         name = spec.name.removeprefix("builtin:")
         train = datasets.Dataset.from_list(builtin_rows(name, "train", spec.train, column=column))
@@ -170,12 +168,14 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
             return
         number = 0
         try:
-            for number, line in enumerate(file, 1):  # noqa: B007
+            for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise DataError(f"{path}, line {number}: a row is an object like {{...}}, not {line.strip()[:60]!r}.")
+                    raise DataError(
+                        f"{path}, line {number}: a row is an object like {{...}}, not {line.strip()[:60]!r}."
+                    )
                 yield row
         except json.JSONDecodeError as error:
             raise DataError(
@@ -212,9 +212,7 @@ def _load_hub(spec: SourceSpec) -> dict[str, datasets.Dataset]:
         wanted = {"train": spec.train + (0 if "test" in streams else spec.test or 0)}
         if "test" in streams and spec.test:
             wanted["test"] = spec.test
-        return {
-            split: datasets.Dataset.from_list(list(streams[split].take(rows))) for split, rows in wanted.items()
-        }
+        return {split: datasets.Dataset.from_list(list(streams[split].take(rows))) for split, rows in wanted.items()}
     except Exception as error:  # the hub's client has many errors; all of them mean the same to the user
         offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
         raise DataError(

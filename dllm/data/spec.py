@@ -1,5 +1,7 @@
 """The grammar of `--dataset_args`: which data, and how many rows of each split.
 
+Grammar, and two examples:
+
     args   = source { " + " source }
     source = name [ "[" limit { "," limit } "]" ]
     limit  = ("train" | "test") ":" count          10000, 10_000

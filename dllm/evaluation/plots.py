@@ -40,9 +40,14 @@ def plot_run(log: Sequence[dict[str, Any]], scores: Sequence[Score], title: str,
     left.legend(frameon=False)
     right.plot([s.tokens_per_forward for s in scores], [100 * s.exact for s in scores], "o-")
     for s in scores:
-        right.annotate(f"{100 * s.exact:.1f}", (s.tokens_per_forward, 100 * s.exact), (4, 5), textcoords="offset points")
+        right.annotate(
+            f"{100 * s.exact:.1f}", (s.tokens_per_forward, 100 * s.exact), (4, 5), textcoords="offset points"
+        )
     right.set(
-        xscale="log", xlabel="tokens per forward (right is faster)", ylabel="unseen puzzles solved exactly (%)", ylim=(0, 108)
+        xscale="log",
+        xlabel="tokens per forward (right is faster)",
+        ylabel="unseen puzzles solved exactly (%)",
+        ylim=(0, 108),
     )
     ticks = [s.tokens_per_forward for s in scores]
     right.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])

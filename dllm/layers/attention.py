@@ -76,6 +76,4 @@ def padding_mask(config: PreTrainedConfig, embeddings_BLD: Tensor, attention_mas
     """Turns a [B, L] mask of real positions into what the chosen kernel takes; None stays None, so no mask is paid for."""
     if attention_mask_BL is None:
         return None
-    return create_bidirectional_mask(
-        config=config, inputs_embeds=embeddings_BLD, attention_mask=attention_mask_BL
-    )
+    return create_bidirectional_mask(config=config, inputs_embeds=embeddings_BLD, attention_mask=attention_mask_BL)

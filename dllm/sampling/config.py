@@ -60,7 +60,9 @@ class SamplingConfig:
         if not self.cfg_scale >= 0:
             refuse("cfg_scale", "it is 0 (off) or more")
         if self.remasking not in get_args(Remasking):
-            raise OptionError(f"remasking={self.remasking!r} does not exist.{did_you_mean(str(self.remasking), get_args(Remasking))}")
+            raise OptionError(
+                f"remasking={self.remasking!r} does not exist.{did_you_mean(str(self.remasking), get_args(Remasking))}"
+            )
         object.__setattr__(self, "cfg_keep_tokens", tuple(self.cfg_keep_tokens))
 
     @classmethod

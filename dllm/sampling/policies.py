@@ -24,5 +24,7 @@ def most_confident(confidence_RL: Tensor, open_RL: Tensor, count_R: Tensor) -> T
     """
     keyed = confidence_RL.masked_fill(~open_RL, -torch.inf)
     order = keyed.argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    place = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
     return open_RL & (place < count_R[:, None])

@@ -81,7 +81,10 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, self._before[number])
             raise KeyboardInterrupt
         self.received = number
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once) ...", flush=True)
+        print(
+            f"\n{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once) ...",
+            flush=True,
+        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

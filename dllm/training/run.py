@@ -140,7 +140,9 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         raise
     if stop.received is not None:
         if trainer.is_world_process_zero():
-            print(f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto")
+            print(
+                f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto"
+            )
         raise SystemExit(128 + stop.received)
     if test is not None:
         trainer.log_metrics("eval", trainer.evaluate())
@@ -154,7 +156,9 @@ def prepare(
     name = model_args.model_name_or_path
     preset = name in family.presets
     if task == "sft" and preset:
-        raise OptionError(f"{name!r} is a shape without weights: pretrain it first, then fine-tune the folder that it made.")
+        raise OptionError(
+            f"{name!r} is a shape without weights: pretrain it first, then fine-tune the folder that it made."
+        )
     config = None if preset else family.load_config(name)
     if config is not None and data_args.max_length > config.max_position_embeddings:
         raise OptionError(
@@ -208,7 +212,9 @@ def check_output_dir(args: TrainingArguments) -> str | None:
         return None if last is None else str(last)
     if resume:
         if not (Path(resume) / "trainer_state.json").exists():
-            raise OptionError(f"--resume_from_checkpoint {resume}: that is no checkpoint folder. Say auto for the last one.")
+            raise OptionError(
+                f"--resume_from_checkpoint {resume}: that is no checkpoint folder. Say auto for the last one."
+            )
         return str(resume)
     if args.process_index == 0:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

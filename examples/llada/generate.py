@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
         # the model's texts are solved grids: 81 digits in row order
         prompts = ["534678912672195348198342567859761423426853791713924856961537284", "123456789456789123"]
         options.setdefault("gen_length", 18)
-        blanks = ["53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79".replace(".", mask)]
+        blanks = [
+            "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79".replace(".", mask)
+        ]
     else:
         prompts = [
             [{"role": "user", "content": "Lily can run 12 kilometers per hour for 4 hours. How far does she run?"}],

@@ -1,5 +1,7 @@
 """Pretrain LLaDA.
 
+Use:
+
     python examples/llada/pt.py --model_name_or_path 50m --tokenizer_name_or_path bpe:8192 \
         --dataset_args "builtin:text" --max_length 256 --max_steps 1000 --output_dir models/text
 

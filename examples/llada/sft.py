@@ -1,5 +1,7 @@
 """Fine-tune LLaDA on conversations.
 
+Use:
+
     python examples/llada/sft.py --model_name_or_path models/text/checkpoint-final \
         --dataset_args "builtin:addition[train:10000,test:500]" --max_length 64 --output_dir models/addition
 

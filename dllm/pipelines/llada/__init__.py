@@ -1,5 +1,7 @@
 """LLaDA: dense models, tokenizers, sampling and training.
 
+Use:
+
     from dllm.pipelines import llada
 
     llada.generate(model, tokenizer, prompts, ...)

@@ -82,7 +82,11 @@ def generate(
     tails = torch.full((config.gen_length,), mask_token_id)
     ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     for row, prompt in enumerate(ids):
-        _check_room(model, len(prompt) + config.gen_length, f"prompt {row} ({len(prompt)} tokens) and gen_length={config.gen_length}")
+        _check_room(
+            model,
+            len(prompt) + config.gen_length,
+            f"prompt {row} ({len(prompt)} tokens) and gen_length={config.gen_length}",
+        )
     canvases = [torch.cat([prompt, tails]) for prompt in ids]
     # by place, not by token: a prompt may hold the mask token as a token
     masked = [torch.arange(len(canvas)) >= len(prompt) for prompt, canvas in zip(ids, canvases, strict=True)]
@@ -131,7 +135,9 @@ def infilling(
         _check_room(model, len(canvas), f"input {row} ({len(canvas)} tokens)")
     masked = [canvas == mask_token_id for canvas in canvases]
     result = _run(model, tokenizer, canvases, masked, config, trace, on_step, requests)
-    texts = [] if tokenizer is None else [tokenizer.decode(x.tolist(), skip_special_tokens=True) for x in result.sequences]
+    texts = (
+        [] if tokenizer is None else [tokenizer.decode(x.tolist(), skip_special_tokens=True) for x in result.sequences]
+    )
     return SamplingResult(result.sequences, texts, result.nfe, result.steps, result.new_tokens, result.trace)
 
 

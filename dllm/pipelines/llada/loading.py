@@ -113,8 +113,10 @@ def _read_overrides(text: str | None) -> dict[str, Any]:
         if key not in known:
             raise OptionError(f"config_overrides {part!r}: there is no key {key!r}.{did_you_mean(key, known)}")
         try:
-            out[key] = {"true": True, "false": False}.get(value.lower()) if value.lower() in ("true", "false") else (
-                float(value) if any(c in value for c in ".e") else int(value)
+            out[key] = (
+                {"true": True, "false": False}.get(value.lower())
+                if value.lower() in ("true", "false")
+                else (float(value) if any(c in value for c in ".e") else int(value))
             )
         except ValueError as error:
             raise OptionError(f"config_overrides {part!r}: write it as {key}=NUMBER.") from error

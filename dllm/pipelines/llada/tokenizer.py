@@ -69,7 +69,9 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrain
     """
     vocabulary = tokenizer.get_vocab()
     if tokenizer.eos_token_id is None:
-        raise CheckpointError(f"The tokenizer of {name!r} has no end-of-text token (eos_token): LLaDA joins and pads with it.")
+        raise CheckpointError(
+            f"The tokenizer of {name!r} has no end-of-text token (eos_token): LLaDA joins and pads with it."
+        )
     if tokenizer.mask_token_id is None:
         spelt = next((token for token in MASK_SPELLINGS if token in vocabulary), None)
         if spelt is None:

@@ -34,7 +34,9 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> PreTrainedT
     if name.startswith("bpe:"):
         size = name.removeprefix("bpe:").replace("_", "")
         if not size.isdigit():
-            raise OptionError(f"--tokenizer_name_or_path {name}: write bpe:N with the number of entries, such as bpe:8192.")
+            raise OptionError(
+                f"--tokenizer_name_or_path {name}: write bpe:N with the number of entries, such as bpe:8192."
+            )
         return bpe_tokenizer(texts(), int(size))
     return load_tokenizer(name)
 
