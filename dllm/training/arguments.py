@@ -71,6 +71,10 @@ class TrainingArguments(transformers.TrainingArguments):
         "drawn by itself.",
         default="stratified",
     )
+    min_time: float = _help("Times t of training are drawn from [min_time, max_time]; evaluation spans [0, 1].", default=0.0)
+    max_time: float = _help(
+        "Its other end. Text that is mostly masked is mostly noise: 0.75 learns a task of given clues faster.", default=1.0
+    )
     masking: str = _help(
         "bernoulli: each token is masked by itself with probability p(t); exact: an exact count of tokens is masked.",
         default="bernoulli",
@@ -113,6 +117,10 @@ class TrainingArguments(transformers.TrainingArguments):
         ):
             if getattr(self, name) not in allowed:
                 raise OptionError(f"--{name} {getattr(self, name)!r} does not exist: it is {' or '.join(allowed)}.")
+        if not 0 <= self.min_time < self.max_time <= 1:
+            raise OptionError(
+                f"--min_time {self.min_time} --max_time {self.max_time}: 0 <= min_time < max_time <= 1 is needed."
+            )
         if str(getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy)) != "random":
             raise OptionError(
                 f"--train_sampling_strategy {self.train_sampling_strategy}: the order of the data is a keyed shuffle; "

@@ -71,7 +71,8 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         self.loss_is_scaled_for_ga = True
         self.mask_token_id = int(model.config.mask_token_id)
         masks = {"times": args.times, "masking": args.masking, "seed": seed}
-        self.train_plan = CorruptionPlan(group=group, **masks)  # type: ignore[arg-type]
+        times = {"min_time": args.min_time, "max_time": args.max_time}
+        self.train_plan = CorruptionPlan(group=group, **times, **masks)  # type: ignore[arg-type]
         # evaluation: a fixed grid of t and fixed masks, so that two evaluations differ by the model alone
         self.eval_plan = CorruptionPlan(
             group=1 if eval_dataset is None else len(eval_dataset), **{**masks, "times": "stratified"}  # type: ignore[arg-type]
