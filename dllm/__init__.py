@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from dllm.pipelines.llada.generate import SamplingResult, generate, infilling
     from dllm.pipelines.llada.loading import load_model
     from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
+    from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
     from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
+    from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModelLM
     from dllm.pipelines.llada.tokenizer import load_tokenizer
     from dllm.pipelines.llada.trainer import LLaDATrainer, pretrain, sft
     from dllm.sampling.config import SamplingConfig
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "LLaDAConfig": "dllm.pipelines.llada.models.configuration_llada",
+    "LLaDAMoEConfig": "dllm.pipelines.llada.models.configuration_lladamoe",
+    "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
     "LLaDAModelLM": "dllm.pipelines.llada.models.modeling_llada",
     "LLaDATrainer": "dllm.pipelines.llada.trainer",
     "SamplingConfig": "dllm.sampling.config",
@@ -45,6 +49,8 @@ __all__ = [
     "DataError",
     "DllmError",
     "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModelLM",
     "LLaDAModelLM",
     "LLaDATrainer",
     "MissingExtraError",

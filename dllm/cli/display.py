@@ -97,7 +97,10 @@ def sudoku_grid(pieces: Sequence[str], styles: Sequence[str]) -> Text:
     """81 or 36 cells as a grid with its boxes; what follows the cells is left out."""
     size, box_rows, box_columns = (9, 3, 3) if len(pieces) >= 81 else (6, 2, 3)
     boxes = size // box_columns
-    rule = lambda left, middle, right: Text(left + middle.join(["─" * (2 * box_columns + 1)] * boxes) + right + "\n")  # noqa: E731
+
+    def rule(left: str, middle: str, right: str) -> Text:
+        return Text(left + middle.join(["─" * (2 * box_columns + 1)] * boxes) + right + "\n")
+
     text = rule("┌", "┬", "┐")
     for row in range(size):
         if row and row % box_rows == 0:

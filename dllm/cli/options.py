@@ -6,6 +6,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import itertools
 import sys
 import textwrap
 import typing
@@ -70,7 +71,7 @@ def attribute_docstrings(cls: type) -> dict[str, str]:
     """The string literal that follows each annotated field in a class's source, on one line."""
     body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
     found = {}
-    for field, after in zip(body, body[1:], strict=False):
+    for field, after in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[typing.cast(ast.Name, field.target).id] = " ".join(str(after.value.value).split()).replace("%", "%%")
     return found

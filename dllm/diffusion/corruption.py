@@ -67,7 +67,9 @@ class CorruptionPlan:
         if not 0 < self.eps < 1:
             raise ValueError(f"eps={self.eps}: it lies between 0 and 1")
         if not 0 <= self.min_time < self.max_time <= 1:
-            raise ValueError(f"min_time={self.min_time}, max_time={self.max_time}: 0 <= min_time < max_time <= 1 is needed")
+            raise ValueError(
+                f"min_time={self.min_time}, max_time={self.max_time}: 0 <= min_time < max_time <= 1 is needed"
+            )
 
     def sample_times(self, samples_B: Tensor) -> Tensor:
         """t of each sample, fp64 [B] in (min_time, max_time).
@@ -114,7 +116,7 @@ class CorruptionPlan:
         else:
             n_B = maskable_BL.sum(1)
             k_B = (t_B * n_B).floor().long().add(1).minimum(n_B)
-            place_BL = u_BL.masked_fill(~maskable_BL, 2.0).argsort(1, stable=True).argsort(1, stable=True)
+            place_BL = u_BL.masked_fill(~maskable_BL, 2.0).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
             masked_BL = maskable_BL & (place_BL < k_B[:, None])
             p_B1 = (k_B / n_B.clamp(min=1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
         weight_BL = torch.where(masked_BL, elbo_weight(p_B1), 0.0).float()

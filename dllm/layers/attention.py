@@ -10,48 +10,62 @@ fused kernel (benchmarks/attention_cpu.py).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, packed_sequence_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from dllm.layers.rope import rotate
 
 EXPLICIT_CPU_POSITIONS = 256
 """Up to this many positions the explicit product beats torch's fused kernel on a CPU in bf16."""
 
 
+class PackedDocuments(NamedTuple):
+    """Where documents start, in the form of the variable-length kernels (flash attention)."""
+
+    starts: Tensor
+    """int32 [documents + 1]: cumulative lengths over the flattened batch."""
+    longest: int
+    """No document is longer."""
+
+
 def explicit_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     """softmax(QK^T * scaling + mask) V, written out, with the softmax in fp32.
+
+    Query heads that share a key head are rows of one product, so keys and values are not repeated in memory.
 
     Args:
         module: gives `scaling`.
         query: [B, H, L, K].
         key: [B, G, L, K] with H a multiple of G.
         value: [B, G, L, K].
-        attention_mask: boolean (True = may be seen) or additive, broadcastable to [B, H, L, L], or None.
+        attention_mask: boolean (True = may be seen) or additive, [B or 1, 1, L, L], or None.
         **kwargs: what the interface passes and this kernel has no use for.
 
     Returns:
         (output [B, L, H, K], weights [B, H, L, L]).
     """
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(query * module.scaling, key.transpose(2, 3))
+    B, H, L, K = query.shape
+    G = key.shape[1]
+    rows = (query * module.scaling).reshape(B, G, H // G * L, K)
+    scores = torch.matmul(rows, key.transpose(2, 3)).view(B, H, L, -1)
     if attention_mask is not None:
         if attention_mask.dtype == torch.bool:
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
-    return torch.matmul(weights, value).transpose(1, 2), weights
+    mixed = torch.matmul(weights.view(B, G, H // G * L, -1), value)
+    return mixed.view(B, H, L, K).transpose(1, 2), weights
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any) -> Tensor:
+def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any) -> Tensor:
     """Attention by the implementation that `module.config` names.
 
     Args:
@@ -59,7 +73,7 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
         query: [B, H, L, K].
         key: [B, G, L, K].
         value: [B, G, L, K].
-        attention_mask: what `padding_mask` gave for this implementation.
+        attention_mask: what `attention_bias` gave for this implementation.
 
     Returns:
         [B, L, H, K].
@@ -69,11 +83,80 @@ def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attenti
     if name == "sdpa" and few_on_cpu:
         return explicit_attention(module, query, key, value, attention_mask)[0]
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, explicit_attention)
-    return kernel(module, query, key, value, attention_mask, dropout=0.0, scaling=module.scaling, is_causal=False)[0]
+    options: dict[str, Any] = {"dropout": 0.0, "scaling": module.scaling, "is_causal": False}
+    if not isinstance(attention_mask, PackedDocuments):
+        return kernel(module, query, key, value, attention_mask, **options)[0]
+    B, _, L, _ = query.shape
+    query, key, value = (x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in (query, key, value))
+    for side in ("q", "k"):
+        options |= {f"cu_seq_lens_{side}": attention_mask.starts, f"max_length_{side}": attention_mask.longest}
+    return kernel(module, query, key, value, None, **options)[0].unflatten(1, (B, L))[0]
 
 
-def padding_mask(config: PreTrainedConfig, embeddings_BLD: Tensor, attention_mask_BL: Tensor | None) -> Any:
-    """Turns a [B, L] mask of real positions into what the chosen kernel takes; None stays None, so no mask is paid for."""
-    if attention_mask_BL is None:
-        return None
-    return create_bidirectional_mask(config=config, inputs_embeds=embeddings_BLD, attention_mask=attention_mask_BL)
+def rotary_attention(module: Any, x_BLD: Tensor, cos: Tensor, sin: Tensor, attention_mask: Any) -> Tensor:
+    """Self-attention up to its output projection: queries, keys, values, their norms, rotation, mixing.
+
+    Args:
+        module: has `q_proj`, `k_proj`, `v_proj` and what `attend` needs; `q_norm` and `k_norm`, where it has them, act on
+            each head before the rotation.
+        x_BLD: [B, L, D].
+        cos: of `rotary_tables`.
+        sin: of `rotary_tables`.
+        attention_mask: of `attention_bias`.
+
+    Returns:
+        [B, L, H * K].
+    """
+    B, L, _ = x_BLD.shape
+    query, key, value = (
+        projection(x_BLD).view(B, L, -1, module.config.head_dim).transpose(1, 2)
+        for projection in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if hasattr(module, "q_norm"):
+        query, key = module.q_norm(query), module.k_norm(key)
+    mixed = attend(module, rotate(query, cos, sin), rotate(key, cos, sin), value, attention_mask)
+    return mixed.reshape(B, L, -1)
+
+
+def attention_bias(
+    config: PreTrainedConfig,
+    embeddings_BLD: Tensor,
+    attention_mask_BL: Tensor | None,
+    document_ids_BL: Tensor | None = None,
+) -> Any:
+    """What the chosen kernel takes as its mask.
+
+    Args:
+        config: names the kernel.
+        embeddings_BLD: gives sizes, dtype and device.
+        attention_mask_BL: non-zero at real positions, or None: then nothing is built and nothing is paid.
+        document_ids_BL: int64, 0 or more; positions see their own document alone.
+
+    Returns:
+        None where every position sees every position. On a CPU a mask without padding counts as None; elsewhere that is not
+        looked up, because it would make the host wait for the device.
+    """
+    if document_ids_BL is None:
+        if attention_mask_BL is None:
+            return None
+        return create_bidirectional_mask(
+            config=config,
+            inputs_embeds=embeddings_BLD,
+            attention_mask=attention_mask_BL,
+            allow_is_bidirectional_skip=embeddings_BLD.device.type == "cpu" or "flash" in config._attn_implementation,
+        )
+    if attention_mask_BL is not None:  # padding is a document of its own, which no real position is in
+        document_ids_BL = document_ids_BL.masked_fill(attention_mask_BL == 0, -1)
+    if config._attn_implementation in ("sdpa", "eager"):
+        return (document_ids_BL[:, :, None] == document_ids_BL[:, None, :])[:, None]
+    if "flash" in config._attn_implementation:
+        change_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
+        change_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
+        start = change_BL.flatten().nonzero()[:, 0].to(torch.int32)
+        return PackedDocuments(nn.functional.pad(start, (0, 1), value=change_BL.numel()), change_BL.shape[1])
+    return create_bidirectional_mask(
+        config=config,
+        inputs_embeds=embeddings_BLD,
+        attention_mask=None,
+        and_mask_function=packed_sequence_mask_function(document_ids_BL),
+    )

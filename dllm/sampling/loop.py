@@ -30,7 +30,7 @@ from dllm.sampling.trace import StepEvent, Trace
 class Predictor(Protocol):
     """The network: logits [N, V] at the positions where `wanted` [R, L] is True, in row order."""
 
-    def __call__(self, ids_RL: Tensor, attention_mask_RL: Tensor | None, wanted_RL: Tensor) -> Tensor: ...
+    def __call__(self, ids_RL: Tensor, attention_mask_RL: Tensor | None, wanted_RL: Tensor, /) -> Tensor: ...
 
 
 class Denoised(NamedTuple):
@@ -172,7 +172,8 @@ def denoise(
         if config.cfg_scale > 0:
             both = torch.cat([ids_RL, ids_RL.masked_fill(given_RL, mask_token_id)])
             mask_both = None if attention_mask is None else attention_mask.repeat(2, 1)
-            logits_NV = guide(*predict(both, mask_both, open_RL.repeat(2, 1)).float().chunk(2), config.cfg_scale)
+            conditional_NV, unconditional_NV = predict(both, mask_both, open_RL.repeat(2, 1)).float().chunk(2)
+            logits_NV = guide(conditional_NV, unconditional_NV, config.cfg_scale)
             nfe += 2
         else:
             logits_NV = predict(ids_RL, attention_mask, open_RL)

@@ -71,9 +71,12 @@ class TrainingArguments(transformers.TrainingArguments):
         "drawn by itself.",
         default="stratified",
     )
-    min_time: float = _help("Times t of training are drawn from [min_time, max_time]; evaluation spans [0, 1].", default=0.0)
+    min_time: float = _help(
+        "Times t of training are drawn from [min_time, max_time]; evaluation spans [0, 1].", default=0.0
+    )
     max_time: float = _help(
-        "Its other end. Text that is mostly masked is mostly noise: 0.75 learns a task of given clues faster.", default=1.0
+        "Its other end. Text that is mostly masked is mostly noise: 0.75 learns a task of given clues faster.",
+        default=1.0,
     )
     masking: str = _help(
         "bernoulli: each token is masked by itself with probability p(t); exact: an exact count of tokens is masked.",
@@ -105,7 +108,7 @@ class TrainingArguments(transformers.TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
-        if self.ddp_find_unused_parameters is None:
+        if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = False  # every parameter takes part; looking for others costs a traversal
         super().__post_init__()
         check_normalisation(self.loss_normalisation)

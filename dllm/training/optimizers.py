@@ -88,7 +88,9 @@ def build_muon(
         if type(module).__name__ in block_names
         for name, _ in module.named_parameters()
     }
-    matrices, plain, undecayed = [], [], []
+    matrices: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

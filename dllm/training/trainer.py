@@ -6,7 +6,7 @@ Shapes: B samples, L positions, N masked positions, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +21,19 @@ from dllm.diffusion.corruption import CorruptionPlan
 from dllm.diffusion.objective import batch_count, masked_loss, masked_nll
 from dllm.training.arguments import TrainingArguments
 from dllm.training.optimizers import build_muon
+
+
+class WeightedNll(NamedTuple):
+    """What one forward gives the loss."""
+
+    nll_N: Tensor
+    """fp32, in nats, at the masks in row order."""
+    weight_BL: Tensor
+    """fp32, 1 / p at the masks."""
+    masked_BL: Tensor
+    """bool, where the masks are."""
+    aux: Tensor | None
+    """A mixture of experts' load-balancing loss, before its coefficient."""
 
 
 class MaskedDiffusionTrainer(transformers.Trainer):
@@ -90,15 +103,12 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         total = torch.stack(counts).sum().float().to(device)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
-    def weighted_nll(self, model: nn.Module, inputs: dict[str, Tensor], plan: CorruptionPlan) -> tuple[Tensor, ...]:
-        """One forward: masks a batch and scores the clean tokens at the masks.
-
-        Returns:
-            (nll fp32 [N], weight fp32 [B, L], masked bool [B, L]).
-        """
+    def weighted_nll(self, model: nn.Module, inputs: dict[str, Tensor], plan: CorruptionPlan) -> WeightedNll:
+        """One forward: masks a batch and scores the clean tokens at the masks."""
         noisy = plan.corrupt(inputs["input_ids"], inputs["maskable"], inputs["sample"], self.mask_token_id)
-        logits_NV = model(input_ids=noisy.xt_BL, logits_to_keep=noisy.masked_BL).logits
-        return masked_nll(logits_NV, inputs["input_ids"][noisy.masked_BL]), noisy.weight_BL, noisy.masked_BL
+        output = model(input_ids=noisy.xt_BL, logits_to_keep=noisy.masked_BL)
+        nll_N = masked_nll(output.logits, inputs["input_ids"][noisy.masked_BL])
+        return WeightedNll(nll_N, noisy.weight_BL, noisy.masked_BL, getattr(output, "aux_loss", None))
 
     def compute_loss(
         self,
@@ -108,12 +118,15 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of this rank's micro-batch: its part of the sum, over the global batch's denominator."""
-        nll, weight, masked = self.weighted_nll(model, inputs, self.train_plan)
+        nll, weight, masked, aux = self.weighted_nll(model, inputs, self.train_plan)
         part = masked_loss(nll, weight, masked, inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
         if num_items_in_batch is None:
             num_items_in_batch = batch_count(inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
         # data-parallel engines average gradients over ranks, and the denominator already spans them
         loss = part / num_items_in_batch * self.args.world_size
+        if aux is not None:  # how even a micro-batch's load is; the mean over the step's micro-batches
+            coefficient = self.model.config.router_aux_loss_coef
+            loss = loss + coefficient * aux / self.current_gradient_accumulation_steps
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -126,7 +139,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         """Each row's share of the evaluation loss, [B, 2]: numerator and denominator, so that ranks add up exactly."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll, weight, masked = self.weighted_nll(model, inputs, self.eval_plan)
+            nll, weight, masked, _ = self.weighted_nll(model, inputs, self.eval_plan)
         row_N = masked.nonzero()[:, 0]
         zeros = torch.zeros(len(masked), device=nll.device)
         numerator_B = zeros.index_add(0, row_N, nll * weight[masked])
@@ -147,10 +160,10 @@ class MaskedDiffusionTrainer(transformers.Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW by transformers, or Muon with AdamW."""
-        if self.args.optimizer == "adamw" or self.optimizer is not None:
+        if self.args.optimizer == "adamw" or self.optimizer is not None:  # type: ignore[has-type]
             return super().create_optimizer(model)
         whole = self.model if model is None else model
-        self.optimizer = build_muon(
+        optimizer = build_muon(
             whole,
             muon_learning_rate=self.args.muon_learning_rate,
             learning_rate=self.args.learning_rate,
@@ -159,7 +172,8 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             eps=self.args.adam_epsilon,
             decayed=set(self.get_decay_parameter_names(whole)),
         )
-        return self.optimizer
+        self.optimizer = optimizer
+        return optimizer
 
 
 def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from dllm.pipelines.llada.generate import SamplingResult, generate, infilling
 from dllm.pipelines.llada.loading import best_device, fresh_model, load_model
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
+from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModel, LLaDAModelLM
+from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModel, LLaDAMoEModelLM
 from dllm.pipelines.llada.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModel",
+    "LLaDAMoEModelLM",
     "LLaDAModel",
     "LLaDAModelLM",
     "LLaDATrainer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreT
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
 from dllm.pipelines.llada.embedded import resolve
-from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
-from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
+from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig, is_mixture
+from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 from dllm.pipelines.llada.presets import PRESETS
 
 
@@ -40,7 +41,7 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         raise CheckpointError(f"The weights of {name_or_path!r} could not be loaded: {_first_line(error)}") from error
 
 
-def load_config(name_or_path: str) -> LLaDAConfig:
+def load_config(name_or_path: str) -> LLaDAConfig | LLaDAMoEConfig:
     """A checkpoint's configuration.
 
     Raises:
@@ -67,7 +68,7 @@ def load_config(name_or_path: str) -> LLaDAConfig:
             if not local.is_dir()
             else f"The configuration of {name_or_path!r} cannot be read: {_first_line(error)}"
         ) from error
-    if not isinstance(config, LLaDAConfig):
+    if not isinstance(config, LLaDAConfig | LLaDAMoEConfig):
         raise CheckpointError(
             f"{name_or_path!r} is a {config.model_type!r} model; dllm loads LLaDA checkpoints (model_type 'llada')."
         )
@@ -93,20 +94,20 @@ def fresh_model(
         ids = {
             f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "bos", "eos", "pad")
         }  # fmt: skip
-        shape = {**PRESETS[name_or_path], "vocab_size": len(tokenizer), **ids}
-        shape["max_sequence_length"] = max(shape["max_sequence_length"], max_length or 0)
-        settings = shape
+        settings = {**PRESETS[name_or_path], "vocab_size": len(tokenizer), **ids}
+        longest = "max_position_embeddings" if is_mixture(settings) else "max_sequence_length"
+        settings[longest] = max(settings[longest], max_length or 0)
     else:
         settings = load_config(name_or_path).to_dict()
-    settings = {**settings, **_read_overrides(overrides)}
+    kind = LLaDAMoEConfig if is_mixture(settings) else LLaDAConfig
+    settings = {**settings, **_read_overrides(overrides, kind().to_dict())}
     settings.pop("dtype", None)
-    config = LLaDAConfig(**settings)
-    config.architectures = ["LLaDAModelLM"]
-    return LLaDAModelLM(config)
+    model = AutoModelForMaskedLM.from_config(kind(**settings), dtype=torch.float32)
+    model.config.architectures = [type(model).__name__]
+    return model
 
 
-def _read_overrides(text: str | None) -> dict[str, Any]:
-    known = LLaDAConfig().to_dict()
+def _read_overrides(text: str | None, known: Collection[str]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
         key, equals, value = (piece.strip() for piece in part.partition("="))

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 from transformers import AutoConfig, PreTrainedConfig
 
 from dllm.errors import CheckpointError
+from dllm.pipelines.llada.models.architecture import check_multiples, refuse_unknown_architecture
+from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "alibi": (False, None),
@@ -25,6 +27,13 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "embedding_dropout": (0, None),
 }
 """Keys that select an architecture, and the values of them that this code has."""
+
+
+def is_mixture(config_dict: dict[str, Any]) -> bool:
+    """Whether a config.json of model type `llada` is a LLaDA-MoE one, by its architecture or by its keys."""
+    if any("MoE" in name for name in config_dict.get("architectures") or ()):
+        return True
+    return "d_model" not in config_dict and ("num_experts" in config_dict or "expert_intermediate_size" in config_dict)
 
 
 class LLaDAConfig(PreTrainedConfig):
@@ -47,6 +56,16 @@ class LLaDAConfig(PreTrainedConfig):
         "intermediate_size": "mlp_hidden_size",
         "max_position_embeddings": "max_sequence_length",
         "tie_word_embeddings": "weight_tying",
+    }
+
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "transformer.blocks.*.q_proj": "colwise",
+        "transformer.blocks.*.k_proj": "colwise",
+        "transformer.blocks.*.v_proj": "colwise",
+        "transformer.blocks.*.attn_out": "rowwise",
+        "transformer.blocks.*.ff_proj": "colwise",
+        "transformer.blocks.*.up_proj": "colwise",
+        "transformer.blocks.*.ff_out": "rowwise",
     }
 
     vocab_size: int = 126464
@@ -84,27 +103,22 @@ class LLaDAConfig(PreTrainedConfig):
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
         super().__post_init__(**kwargs)
-        self._refuse_what_is_not_there()
-
-    def _refuse_what_is_not_there(self) -> None:
-        for key, values in IMPLEMENTED.items():
-            value = getattr(self, key, values[0])
-            if value not in values:
-                known = " or ".join(repr(v) for v in values if v is not None)
-                raise CheckpointError(
-                    f"config.json says {key}={value!r}, an architecture that dllm does not implement (it has {known}). "
-                    f"This is not one of the public LLaDA shapes: check that the folder holds a LLaDA checkpoint."
-                )
-        for whole, part in (("d_model", "n_heads"), ("n_heads", "n_kv_heads")):
-            if getattr(self, part) < 1 or getattr(self, whole) % getattr(self, part):
-                raise CheckpointError(
-                    f"config.json says {whole}={getattr(self, whole)} and {part}={getattr(self, part)}: "
-                    f"the first must be a multiple of the second."
-                )
+        refuse_unknown_architecture(self, IMPLEMENTED)
+        check_multiples(self, ("d_model", "n_heads"), ("n_heads", "n_kv_heads"))
         if self.head_dim % 2:
             raise CheckpointError(
                 f"config.json gives heads of width {self.head_dim} (d_model / n_heads): rotary embedding needs an even one."
             )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but a mixture of experts under this model type gives a `LLaDAMoEConfig`.
+
+        The public LLaDA-MoE files say `model_type: llada` too; what they have in place of `d_model` tells them apart.
+        """
+        if cls is LLaDAConfig and is_mixture(config_dict):
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def head_dim(self) -> int:

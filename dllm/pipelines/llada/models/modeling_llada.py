@@ -8,6 +8,7 @@ gated SiLU) with full attention.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,9 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
-from dllm.layers.attention import attend, padding_mask
+from dllm.layers.attention import rotary_attention
 from dllm.layers.norm import RMSNorm
-from dllm.layers.rope import rotary_tables, rotate
+from dllm.layers.trunk import encode, logits_at
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 
 
@@ -45,14 +46,7 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.ff_out = nn.Linear(hidden, d_model, bias=False)
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None) -> Tensor:
-        B, L, _ = x_BLD.shape
-        h = self.attn_norm(x_BLD)
-        query, key, value = (
-            projection(h).view(B, L, -1, self.config.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        mixed = attend(self, rotate(query, cos, sin), rotate(key, cos, sin), value, attention_mask)
-        x_BLD = x_BLD + self.attn_out(mixed.reshape(B, L, -1))
+        x_BLD = x_BLD + self.attn_out(rotary_attention(self, self.attn_norm(x_BLD), cos, sin, attention_mask))
         h = self.ff_norm(x_BLD)
         return x_BLD + self.ff_out(nn.functional.silu(self.ff_proj(h)) * self.up_proj(h))
 
@@ -64,7 +58,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     config: LLaDAConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LLaDABlock"]
+    _no_split_modules: ClassVar[list[str]] = ["LLaDABlock"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -123,6 +117,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -130,10 +125,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
         """Hidden states after the last norm.
 
         Args:
-            input_ids: int64 [B, L].
-            attention_mask: [B, L], non-zero at real positions; None where there is no padding (and nothing is paid).
-            position_ids: int64 [B, L] or [1, L]; from 0 by default. Positions are relative, so padding on the left
-                needs none.
+            input_ids: see `dllm.layers.trunk.encode`, as the arguments below.
+            attention_mask: [B, L], non-zero at real positions; None where there is no padding.
+            position_ids: int64 [B, L] or [1, L].
+            document_ids: int64 [B, L]: several documents packed into a row see only themselves.
             inputs_embeds: [B, L, D] in place of `input_ids`.
             output_hidden_states: also return every block's input and the final states.
             return_dict: accepted for transformers' callers; a dict-like output is always returned.
@@ -141,21 +136,21 @@ class LLaDAModel(LLaDAPreTrainedModel):
         Returns:
             `last_hidden_state` [B, L, D] and, if asked, `hidden_states`.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        x_BLD = self.transformer["wte"](input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.arange(x_BLD.shape[1], device=x_BLD.device)[None]
-        cos, sin = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
-        mask = padding_mask(self.config, x_BLD, attention_mask)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        states: list[Tensor] = []
-        for block in self.transformer["blocks"]:
-            if wanted:
-                states.append(x_BLD)
-            x_BLD = block(x_BLD, cos, sin, mask)
-        x_BLD = self.transformer["ln_f"](x_BLD)
-        return BaseModelOutput(last_hidden_state=x_BLD, hidden_states=(*states, x_BLD) if wanted else None)
+        done = encode(
+            self.config,
+            self.transformer["wte"],
+            self.transformer["blocks"],
+            self.transformer["ln_f"],
+            rotary_dim=self.config.head_dim,
+            rope_theta=self.config.rope_theta,
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            document_ids=document_ids,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+        )
+        return BaseModelOutput(last_hidden_state=done.last, hidden_states=done.states)
 
 
 class LLaDAModelLM(LLaDAPreTrainedModel):
@@ -177,6 +172,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
@@ -188,9 +184,9 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             input_ids: int64 [B, L].
             attention_mask: see `LLaDAModel.forward`.
             position_ids: see `LLaDAModel.forward`.
+            document_ids: see `LLaDAModel.forward`.
             inputs_embeds: see `LLaDAModel.forward`.
-            logits_to_keep: 0 for all positions; n for the last n; int64 [n] for those positions of every row; boolean
-                [B, L] for the N positions that are True, in row order.
+            logits_to_keep: which positions: see `dllm.layers.trunk.logits_at`.
             output_hidden_states: see `LLaDAModel.forward`.
             return_dict: see `LLaDAModel.forward`.
 
@@ -201,15 +197,11 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            document_ids=document_ids,
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
         )
-        hidden = output.last_hidden_state
-        if isinstance(logits_to_keep, Tensor):
-            hidden = hidden[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden[:, logits_to_keep]
-        elif logits_to_keep:
-            hidden = hidden[:, -logits_to_keep:]
-        logits = nn.functional.linear(hidden, self.get_output_embeddings().weight)
+        logits = logits_at(self.get_output_embeddings(), output.last_hidden_state, logits_to_keep)
         return MaskedLMOutput(logits=logits, hidden_states=output.hidden_states)
 
 
