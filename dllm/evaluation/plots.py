@@ -1,4 +1,4 @@
-"""Pictures of a run: the loss curve, and accuracy against tokens per forward."""
+"""Pictures: a run's loss curve and its accuracy against tokens per forward; a grid while it is filled in."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from dllm.errors import MissingExtraError
 from dllm.evaluation.sudoku import Score
+from dllm.sampling.trace import Trace
 
 
 def plot_run(log: Sequence[dict[str, Any]], scores: Sequence[Score], title: str, path: Path) -> Path:
@@ -22,13 +23,7 @@ def plot_run(log: Sequence[dict[str, Any]], scores: Sequence[Score], title: str,
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", "Drawing the curves") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot("Drawing the curves")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title)
     train = [(row["tokens"] / 1e6, row["loss"]) for row in log if "loss" in row]
@@ -55,7 +50,59 @@ def plot_run(log: Sequence[dict[str, Any]], scores: Sequence[Score], title: str,
     for axis in (left, right):
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path)
+
+
+def plot_denoising(puzzle: str, trace: Trace, cells: Sequence[str], path: Path, shares: Sequence[float]) -> Path:
+    """Draws a sudoku at several moments of its denoising, each filled cell in the colour of the step that filled it.
+
+    Args:
+        puzzle: digits, `.` for blanks.
+        trace: of a run whose row 0 is the puzzle.
+        cells: the filled grid.
+        path: of the PNG.
+        shares: the moments, each as a fraction of the steps.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    plt = _pyplot("Drawing a grid")
+    size, box_rows, box_columns = (9, 3, 3) if len(puzzle) == 81 else (6, 2, 3)
+    filled_at = trace.commit_steps(0).tolist()
+    last = max(filled_at)
+    figure, axes = plt.subplots(1, len(shares), figsize=(3 * len(shares), 3.4), layout="constrained")
+    for axis, share in zip(axes, shares, strict=True):
+        now = round(share * (last + 1))
+        for place, cell in enumerate(puzzle):
+            row, column = divmod(place, size)
+            given, shown = cell != ".", cell != "." or filled_at[place] < now
+            colour = "#e8e8e8" if given else plt.get_cmap("YlGnBu")(0.1 + 0.8 * filled_at[place] / max(1, last))
+            axis.add_patch(plt.Rectangle((column, row), 1, 1, facecolor=colour if shown else "white", linewidth=0))
+            dark = not given and filled_at[place] > 0.55 * last
+            if shown:
+                style = {"color": "white" if dark else "black", "weight": "bold" if given else "normal"}
+                axis.text(column + 0.5, row + 0.53, cells[place], ha="center", va="center", fontsize=11, **style)
+        for line in range(size + 1):
+            axis.axhline(line, color="black", linewidth=1.6 if line % box_rows == 0 else 0.3)
+            axis.axvline(line, color="black", linewidth=1.6 if line % box_columns == 0 else 0.3)
+        axis.set(xlim=(0, size), ylim=(size, 0), aspect="equal", title=f"step {now} of {last + 1}")
+        axis.set_axis_off()
+    return _save(figure, path)
+
+
+def _pyplot(purpose: str) -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "plots", purpose) from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
-    plt.close(figure)
+    _pyplot("Drawing").close(figure)
     return path
