@@ -74,7 +74,6 @@ def _read_prompts(path: Path | None) -> list[str]:
 
 
 def _load(arguments: Namespace) -> tuple[Any, Any]:
-    import torch
     from transformers.utils import logging
 
     from dllm.pipelines.llada.loading import best_device, load_model
@@ -82,8 +81,6 @@ def _load(arguments: Namespace) -> tuple[Any, Any]:
 
     if not sys.stderr.isatty() or arguments.model_name_or_path == EMBEDDED:
         logging.disable_progress_bar()
-    if arguments.dtype != "auto" and not isinstance(getattr(torch, arguments.dtype, None), torch.dtype):
-        raise OptionError(f"--dtype {arguments.dtype} does not exist: say auto, float32, bfloat16 or float16.")
     model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
     return model.to(arguments.device or best_device()), load_tokenizer(arguments.model_name_or_path)
 

@@ -11,7 +11,9 @@ from dllm.errors import DllmError, did_you_mean
 
 COMMANDS = {
     "demo": "train a small model on sudoku from scratch, watch it solve unseen puzzles (3 minutes)",
+    "convert": "write a checkpoint anew: another dtype, other shards, an adapter merged",
     "generate": "write after prompts, or solve a puzzle with the model that ships inside",
+    "info": "what a checkpoint is: architecture, parameters, tokens, memory",
     "pretrain": "pretrain a model on plain text",
     "sft": "fine-tune a model on conversations",
 }

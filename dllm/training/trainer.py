@@ -82,6 +82,8 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         """Tokens of this process's batches since training began or went on, padding included."""
         # ours is normalised over the whole accumulated batch already; transformers must not divide it again
         self.loss_is_scaled_for_ga = True
+        if model.config.mask_token_id is None:  # some public files leave it to the tokenizer
+            model.config.mask_token_id = processing_class.mask_token_id
         self.mask_token_id = int(model.config.mask_token_id)
         masks = {"times": args.times, "masking": args.masking, "seed": seed}
         times = {"min_time": args.min_time, "max_time": args.max_time}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from pathlib import Path
 
 from dllm.errors import CheckpointError, did_you_mean
 
@@ -10,12 +11,13 @@ DEFAULT = "builtin:sudoku9"
 """What is used where no model is named."""
 
 
-def resolve(name_or_path: str) -> str:
+def resolve(name_or_path: str | Path) -> str:
     """`builtin:NAME` as the folder that it lies in; anything else as it is.
 
     Raises:
         CheckpointError: no embedded model has that name.
     """
+    name_or_path = str(name_or_path)
     if not name_or_path.startswith("builtin:"):
         return name_or_path
     name = name_or_path.removeprefix("builtin:")

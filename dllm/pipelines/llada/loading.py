@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
+from dllm.pipelines.llada.checkpoint_files import tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig, is_mixture
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 from dllm.pipelines.llada.presets import PRESETS
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def best_device() -> torch.device:
@@ -23,7 +26,7 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+def load_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """A checkpoint's model in evaluation mode, from safetensors alone.
 
     Args:
@@ -31,22 +34,54 @@ def load_model(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
         **kwargs: passed to `from_pretrained` (dtype, device_map, attn_implementation, ...).
 
     Raises:
-        CheckpointError: there is no such checkpoint, it is not LLaDA's, or it cannot be read.
+        CheckpointError: there is no such checkpoint, it is not LLaDA's, a file of it is missing or damaged, or a tensor is
+            missing or has another shape; no partial model is handed out.
+        OptionError: a dtype that does not exist.
     """
+    name_or_path = str(name_or_path)
     path = resolve(name_or_path)
     config = load_config(name_or_path)
+    if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = dtype_named(kwargs["dtype"])
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        tensor_headers(folder)
+        path = str(folder)
     try:
-        return AutoModelForMaskedLM.from_pretrained(path, config=config, use_safetensors=True, **kwargs).eval()
+        model, report = AutoModelForMaskedLM.from_pretrained(
+            path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The weights of {name_or_path!r} could not be loaded: {_first_line(error)}") from error
+    for key, what in (("mismatched_keys", "of another shape than config.json says"), ("missing_keys", "missing")):
+        bad = sorted(str(name if isinstance(name, str) else name[0]) for name in report[key])
+        if bad:
+            raise CheckpointError(
+                f"The weights of {name_or_path!r} do not fit its config.json: {len(bad)} tensors are {what}, such as "
+                f"{bad[0]}. Are both files of the same checkpoint?"
+            )
+    return model.eval()
 
 
-def load_config(name_or_path: str) -> LLaDAConfig | LLaDAMoEConfig:
+def dtype_named(name: str) -> torch.dtype:
+    """The torch dtype of weights by its name.
+
+    Raises:
+        OptionError: no such dtype, or not one for weights.
+    """
+    if name not in WEIGHT_DTYPES:
+        raise OptionError(f"dtype {name!r} does not exist.{did_you_mean(name, WEIGHT_DTYPES)}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def load_config(name_or_path: str | Path) -> LLaDAConfig | LLaDAMoEConfig:
     """A checkpoint's configuration.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not LLaDA's.
     """
+    name_or_path = str(name_or_path)
     path = resolve(name_or_path)
     local = Path(path).expanduser()
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or "[" in path
@@ -62,7 +97,7 @@ def load_config(name_or_path: str) -> LLaDAConfig | LLaDAMoEConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except CheckpointError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a string where a number should stand
         raise CheckpointError(
             f"{name_or_path!r} is no folder here, and the hub gave no configuration for it: {_first_line(error)}"
             if not local.is_dir()
@@ -100,30 +135,40 @@ def fresh_model(
     else:
         settings = load_config(name_or_path).to_dict()
     kind = LLaDAMoEConfig if is_mixture(settings) else LLaDAConfig
-    settings = {**settings, **_read_overrides(overrides, kind().to_dict())}
+    settings = {**settings, **_read_overrides(overrides, kind.__annotations__)}
     settings.pop("dtype", None)
     model = AutoModelForMaskedLM.from_config(kind(**settings), dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
     return model
 
 
-def _read_overrides(text: str | None, known: Collection[str]) -> dict[str, Any]:
+def _read_overrides(text: str | None, annotations: Mapping[str, str]) -> dict[str, Any]:
+    """The changes of "KEY=NUMBER,KEY=NUMBER"; `annotations` says which keys there are and what each takes ("int | None")."""
+    known = {key: kinds.split(" | ") for key, kinds in annotations.items() if not kinds.startswith("ClassVar")}
     out: dict[str, Any] = {}
     for part in filter(None, (part.strip() for part in (text or "").split(","))):
-        key, equals, value = (piece.strip() for piece in part.partition("="))
+        key, _, written = (piece.strip() for piece in part.partition("="))
         if key not in known:
             raise OptionError(f"config_overrides {part!r}: there is no key {key!r}.{did_you_mean(key, known)}")
-        try:
-            out[key] = (
-                {"true": True, "false": False}.get(value.lower())
-                if value.lower() in ("true", "false")
-                else (float(value) if any(c in value for c in ".e") else int(value))
-            )
-        except ValueError as error:
-            raise OptionError(f"config_overrides {part!r}: write it as {key}=NUMBER.") from error
-        if not equals:
+        value = _number(written)
+        if value is None:
             raise OptionError(f"config_overrides {part!r}: write it as {key}=NUMBER.")
+        if type(value).__name__ not in known[key] and not (type(value) is int and "float" in known[key]):
+            raise OptionError(f"config_overrides {part!r}: {key} takes {' or '.join(known[key])}.")
+        out[key] = value
     return out
+
+
+def _number(text: str) -> bool | int | float | None:
+    """What `text` stands for: true, false, a whole number or another one; None if it is none of them."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
 
 
 def _first_line(error: BaseException) -> str:

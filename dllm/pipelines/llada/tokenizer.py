@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,7 +40,7 @@ CHAT_TEMPLATE = (
 when it is asked for, and what the assistant says is marked, its end-of-turn included."""
 
 
-def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, ready for LLaDA.
 
     Args:
@@ -56,7 +57,7 @@ def load_tokenizer(name_or_path: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"No tokenizer could be loaded from {name_or_path!r}: {str(error).splitlines()[0]}"
+            f"No tokenizer could be loaded from {str(name_or_path)!r}: {str(error).splitlines()[0]}"
         ) from error
     return prepare_tokenizer(tokenizer, str(name_or_path))
 

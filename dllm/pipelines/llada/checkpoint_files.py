@@ -1,0 +1,77 @@
+"""The files of a checkpoint folder: that they are there, whole and safetensors, before a weight is read.
+
+A safetensors file begins with the length of its header (8 bytes) and the header, JSON that gives each tensor's dtype, shape
+and place; so names, shapes and the size that the file must have are known without reading a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dllm.errors import CheckpointError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype in safetensors' spelling, shape) of every tensor of a checkpoint folder.
+
+    Raises:
+        CheckpointError: no weights, only pickled ones, a file that the index names is not there, one that is cut short, or
+            one that does not hold what the index says.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(_no_weights(folder))
+        return read_header(folder / SINGLE)
+    try:
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{index} cannot be read as an index of weights: copy it again. ({error})") from error
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name in sorted(set(places.values())):
+        if not (folder / name).exists():
+            raise CheckpointError(f"{index} names {name}, and there is no such file in {folder}: copy or download it.")
+        header = read_header(folder / name)
+        absent = [tensor for tensor, place in places.items() if place == name and tensor not in header]
+        if absent:
+            raise CheckpointError(f"{index} says that {name} holds {absent[0]}, and it does not: copy both again.")
+        found |= header
+    return found
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (dtype, shape) of one file's tensors.
+
+    Raises:
+        CheckpointError: it is no safetensors file, or not as long as its header says.
+    """
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise CheckpointError(f"{path} is cut short or is no safetensors file ({size:,} bytes): copy it again.")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header cannot be read. Copy it again.") from error
+    header.pop("__metadata__", None)
+    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != needed:
+        raise CheckpointError(
+            f"{path} has {size:,} bytes and its header asks for {needed:,}: it is cut short or damaged. Copy it again."
+        )
+    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+
+
+def _no_weights(folder: Path) -> str:
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickled:
+        return (
+            f"{folder} holds its weights as pickles alone ({pickled[0]}), which can run code: dllm reads safetensors. Convert "
+            f"them where you trust them, with transformers' save_pretrained."
+        )
+    return f"{folder} holds no weights: neither {SINGLE} nor {INDEX} is there."
