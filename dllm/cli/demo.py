@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Sequence
@@ -104,9 +106,13 @@ def main(argv: Sequence[str]) -> None:
         read_log(folder / "log.jsonl"), scores, "LLaDA on 6x6 sudoku, from scratch", folder / "sudoku6.png"
     )
     console.print(f"Loss curve, and accuracy against tokens per forward: [bold]{picture}[/bold]")
+    activate = Path(sys.prefix, "bin", "activate")
+    # `make demo` runs in an environment that the user's shell has not entered
+    enter = "" if shutil.which("dllm") or not activate.exists() else f"  source {activate}\n"
     console.print(
         f"\nTrained in {trained:.0f} s; {100 * scores[0].exact:.1f} % of {arguments.puzzles} unseen puzzles solved exactly.\n\n"
         f"[bold]Next[/bold]\n"
+        f"{enter}"
         f"  dllm generate                        the model that ships inside, on a 9x9 puzzle\n"
         f"  dllm sft --model_name_or_path {final} --dataset_args builtin:addition \\\n"
         f"      --max_length 64 --max_steps 300 --learning_rate 1e-3 --output_dir runs/addition\n"

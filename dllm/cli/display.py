@@ -60,6 +60,8 @@ class LiveCanvas:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.styles = [FILLED if style == FRESH else style for style in self.styles]
+        if error is None:
+            self.total = self.done  # a block with few masks takes fewer steps than its share
         if self.console.is_terminal:
             self._show()
             self.live.stop()

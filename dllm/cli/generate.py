@@ -81,19 +81,67 @@ def _load(arguments: Namespace) -> tuple[Any, Any]:
 
     if not sys.stderr.isatty() or arguments.model_name_or_path == EMBEDDED:
         logging.disable_progress_bar()
+    device = _device(arguments.device) if arguments.device else best_device()
     model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
-    return model.to(arguments.device or best_device()), load_tokenizer(arguments.model_name_or_path)
+    return model.to(device), load_tokenizer(arguments.model_name_or_path)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:  # torch has one for each way of being absent
+        raise OptionError(
+            f"--device {name} is not there: say cuda, mps or cpu, or leave it out for the best that is."
+        ) from error
+    return device
 
 
 def _solve(arguments: Namespace, puzzles: list[str], options: dict[str, Any]) -> None:
     """Puzzles: blanks are masks, and solving is infilling."""
-    import random
-
     from rich.console import Console
 
     from dllm.cli.display import LiveCanvas, sudoku_grid
-    from dllm.data.sudoku import is_solution, solve
+    from dllm.data.sudoku import is_solution
+
+    puzzles = _checked_puzzles(puzzles, options)
+    from dllm.evaluation.sudoku import fill_puzzles
+
+    model, tokenizer = _load(arguments)
+    console = Console(highlight=False)
+    live = console.is_terminal and not (arguments.json or arguments.quiet)
+    size = 1 if live else arguments.batch_size
+    for first in range(0, len(puzzles), size):
+        part = puzzles[first : first + size]
+        settings = {**options, "requests": range(first, first + len(part))}  # whatever the size of a batch
+        if live:
+            start = [None if c == "." else c for c in part[0]]
+            blanks = start.count(None)
+            steps = min(options.get("steps") or blanks, blanks)
+            with LiveCanvas(start, lambda i: tokenizer.decode([i]), draw=sudoku_grid, steps=steps) as canvas:
+                grids, result = fill_puzzles(model, tokenizer, part, on_step=canvas, **settings)
+        else:
+            grids, result = fill_puzzles(model, tokenizer, part, **settings)
+        forwards = result.nfe // max(1, max(result.steps))  # guidance takes two a step
+        for puzzle, grid, steps in zip(part, grids, result.steps, strict=True):
+            right, blanks, nfe = is_solution(puzzle, grid), puzzle.count("."), steps * forwards
+            if arguments.json:
+                record = {"prompt": puzzle, "text": grid, "solved": right, "nfe": nfe, "new_tokens": blanks}
+                print(json.dumps(record), flush=True)
+                continue
+            if not live:
+                console.print(sudoku_grid(grid, ["bold" if c != "." else "green" for c in puzzle]), end="")
+            print(f"{blanks} blanks, {nfe} forwards: {'solved' if right else 'NOT solved: the model erred'}\n{grid}")
+
+
+def _checked_puzzles(puzzles: list[str], options: dict[str, Any]) -> list[str]:
+    """What the model can be given: puzzles with a dot for a blank, each with a solution; an unseen one if there is none."""
+    import random
+
     from dllm.data.sudoku import puzzles as unseen_puzzles
+    from dllm.data.sudoku import solve
     from dllm.errors import DataError
 
     if "gen_length" in options:
@@ -111,30 +159,7 @@ def _solve(arguments: Namespace, puzzles: list[str], options: dict[str, Any]) ->
             )
         if not solve(puzzle, limit=1):
             raise DataError(f"The puzzle {puzzle} has no solution.")
-    from dllm.evaluation.sudoku import fill_puzzles
-
-    model, tokenizer = _load(arguments)
-    console = Console(highlight=False)
-    for puzzle in puzzles:
-        puzzle = puzzle.replace("0", ".").replace("_", ".")
-        blanks = puzzle.count(".")
-        if arguments.json or arguments.quiet or not console.is_terminal:
-            grid, result = fill_puzzles(model, tokenizer, [puzzle], **options)
-        else:
-            start = [None if c == "." else c for c in puzzle]
-            with LiveCanvas(
-                start, lambda i: tokenizer.decode([i]), draw=sudoku_grid, steps=options.get("steps")
-            ) as live:
-                grid, result = fill_puzzles(model, tokenizer, [puzzle], on_step=live, **options)
-        right = is_solution(puzzle, grid[0])
-        if arguments.json:
-            record = {"prompt": puzzle, "text": grid[0], "solved": right, "nfe": result.nfe, "new_tokens": blanks}
-            print(json.dumps(record))
-            continue
-        if arguments.quiet or not console.is_terminal:
-            console.print(sudoku_grid(grid[0], ["bold" if c != "." else "green" for c in puzzle]), end="")
-        verdict = "solved" if right else "NOT solved: the model erred"
-        print(f"{blanks} blanks, {result.nfe} forwards: {verdict}\n{grid[0]}")
+    return [puzzle.replace("0", ".").replace("_", ".") for puzzle in puzzles]
 
 
 def _write(arguments: Namespace, prompts: list[str], options: dict[str, Any]) -> None:
@@ -142,19 +167,24 @@ def _write(arguments: Namespace, prompts: list[str], options: dict[str, Any]) ->
     from rich.console import Console
 
     from dllm.cli.display import LiveCanvas
-    from dllm.pipelines.llada.generate import encode_prompt, generate
+    from dllm.pipelines.llada.generate import encode_prompt, generate, generation_config
 
     if not prompts:
         raise OptionError("Give a prompt, or --prompts_file FILE (- for standard input).")
+    config = generation_config(**options)
     model, tokenizer = _load(arguments)
     chat = tokenizer.chat_template is not None and not arguments.raw
     asked: list[Any] = [[{"role": "user", "content": prompt}] if chat else prompt for prompt in prompts]
     console = Console(highlight=False)
     if len(prompts) == 1 and console.is_terminal and not (arguments.json or arguments.quiet):
-        config = SamplingConfig.from_options(**options)
         start: list[str | None] = [None] * config.gen_length
         given = len(encode_prompt(tokenizer, asked[0]))
-        with LiveCanvas(start, lambda i: tokenizer.decode([i]), steps=config.steps, seconds=0) as live:
+        steps = min(config.steps or config.gen_length, config.gen_length)
+
+        def text_of(token: int) -> str:
+            return str(tokenizer.decode([token], skip_special_tokens=True))
+
+        with LiveCanvas(start, text_of, steps=steps, seconds=0) as live:
             generate(
                 model, tokenizer, asked, on_step=lambda e: live(e._replace(position=e.position - given)), **options
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -34,13 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         importlib.import_module(f"dllm.cli.{name}").main(rest)
+        sys.stdout.flush()
     except DllmError as error:
         print(f"dllm {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ndllm {name}: stopped.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe left: nothing is wrong here
+    except BrokenPipeError:  # the reader of a pipe left: nothing is wrong here, nor in what Python flushes when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
 

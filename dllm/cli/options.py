@@ -7,7 +7,6 @@ import ast
 import dataclasses
 import inspect
 import itertools
-import sys
 import textwrap
 import typing
 from collections.abc import Mapping
@@ -75,8 +74,3 @@ def attribute_docstrings(cls: type) -> dict[str, str]:
         if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[typing.cast(ast.Name, field.target).id] = " ".join(str(after.value.value).split()).replace("%", "%%")
     return found
-
-
-def on_a_terminal() -> bool:
-    """Whether someone looks at standard output."""
-    return sys.stdout.isatty()

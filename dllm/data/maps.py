@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from dllm.errors import DataError
+from dllm.errors import CheckpointError, DataError
 
 BATCH = 1000
 """Rows mapped at a time; pretraining rows are cut within a batch, so it bounds what is left over."""
@@ -66,7 +66,13 @@ def sft_rows(
 
     Raises:
         DataError: a row that is no conversation, or `max_length` leaves no answer in any row.
+        CheckpointError: the tokenizer has no chat template, or one that does not mark what the assistant says.
     """
+    if "{% generation %}" not in str(tokenizer.chat_template):
+        raise CheckpointError(
+            "The tokenizer's chat template is missing or does not mark the assistant's words with {% generation %}: fine-tune "
+            "a checkpoint whose tokenizer has LLaDA's chat markers."
+        )
 
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         out: dict[str, list[list[int]]] = {"input_ids": [], "turns": []}
@@ -113,8 +119,13 @@ def _spans(marks: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def _check_conversation(messages: Any) -> None:
-    good = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    good = (
+        isinstance(messages, list)
+        and messages
+        and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
     )
     if not good:
         raise DataError(

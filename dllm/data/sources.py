@@ -41,9 +41,37 @@ def load_splits(
     pairs = [_load_source(spec, column, source_column or column) for spec in parse_dataset_args(dataset_args)]
     trains = [train for train, _ in pairs]
     tests = [test for _, test in pairs if test is not None and len(test)]
-    train = trains[0] if len(trains) == 1 else datasets.concatenate_datasets(trains)
-    test = None if not tests else tests[0] if len(tests) == 1 else datasets.concatenate_datasets(tests)
-    return train, test
+    return _joined(trains, column), _joined(tests, column) if tests else None
+
+
+def _joined(parts: list[datasets.Dataset], column: str) -> datasets.Dataset:
+    """All rows, one source after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    if column == "messages" and any(part.features != parts[0].features for part in parts):
+        parts = [
+            part.map(lambda row: {column: _role_and_content(row[column])}, features=_CONVERSATIONS)
+            if part.features != _CONVERSATIONS
+            else part
+            for part in parts
+        ]
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:
+        kinds = " and ".join(str(part.features[column]) for part in parts)
+        raise DataError(f"The sources cannot be joined: their column {column!r} is {kinds}.") from error
+
+
+_CONVERSATIONS = datasets.Features(
+    {"messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})}
+)
+
+
+def _role_and_content(messages: Any) -> Any:
+    """A conversation without its other keys, such as names and dates: they differ from source to source and row to row."""
+    if not isinstance(messages, list):
+        return messages
+    return [{key: m.get(key) for key in ("role", "content")} if isinstance(m, dict) else m for m in messages]
 
 
 def _load_source(spec: SourceSpec, column: str, source_column: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -55,9 +83,11 @@ def _load_source(spec: SourceSpec, column: str, source_column: str) -> tuple[dat
         )
     path = Path(spec.name).expanduser()
     if path.exists() or path.suffix in READABLE:
-        splits = _load_local(path)
+        splits = _load_local(path, column, source_column)
     else:
         splits = _load_hub(spec)
+    if "train" not in splits:
+        raise DataError(f"{spec.name} has no split named train: rename the one to train on.")
     for split, rows in splits.items():
         if source_column not in rows.column_names:
             raise DataError(
@@ -89,10 +119,10 @@ def _cut(splits: dict[str, datasets.Dataset], spec: SourceSpec) -> tuple[dataset
     return train, test
 
 
-def _load_local(path: Path) -> dict[str, datasets.Dataset]:
+def _load_local(path: Path, column: str, source_column: str) -> dict[str, datasets.Dataset]:
     """A file is one split; a folder has train.* and maybe test.* (or is what `Dataset.save_to_disk` wrote)."""
     if path.is_file():
-        return {"train": _read_file(path)}
+        return {"train": _read_file(path, column, source_column)}
     if not path.exists():
         raise DataError(f"There is no file {path}. Check the path; it is taken from {Path.cwd()}.")
     if (path / "dataset_dict.json").exists():
@@ -106,13 +136,13 @@ def _load_local(path: Path) -> dict[str, datasets.Dataset]:
         if len(files) > 1:
             raise DataError(f"{path} has {' and '.join(file.name for file in files)}: keep one file for {split}.")
         if files:
-            found[split] = _read_file(files[0])
+            found[split] = _read_file(files[0], column, source_column)
     if "train" not in found:
         raise DataError(f"The folder {path} has no train file: name it train.jsonl, train.parquet or train.txt.")
     return found
 
 
-def _read_file(path: Path) -> datasets.Dataset:
+def _read_file(path: Path, column: str, source_column: str) -> datasets.Dataset:
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty.")
     if path.suffix == ".parquet":
@@ -121,22 +151,25 @@ def _read_file(path: Path) -> datasets.Dataset:
         except Exception as error:  # pyarrow raises types of its own for each way in which a file can be broken
             raise DataError(f"{path} is not a readable parquet file: {error}") from error
     if path.suffix == ".txt":
-        return _from_rows(path, _text_rows)
+        return _from_rows(path, _text_rows, column, source_column)
     if path.suffix in (".jsonl", ".json"):
-        return _from_rows(path, _json_rows)
+        return _from_rows(path, _json_rows, column, source_column)
     raise DataError(f"{path}: dllm reads {', '.join(READABLE)}, not {path.suffix or 'a file without an ending'}.")
 
 
-def _from_rows(path: Path, reader: Callable[[Path], Iterator[dict[str, Any]]]) -> datasets.Dataset:
-    """Reads rows into Arrow through `datasets`' disk cache, keyed by the file's size and time."""
-    first = next(reader(path), None)
-    if first is None:
+Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]
+"""Gives rows, each with the line that it begins in."""
+
+
+def _from_rows(path: Path, reader: Reader, column: str, source_column: str) -> datasets.Dataset:
+    """Reads one column into Arrow through `datasets`' disk cache, keyed by the file's size and time."""
+    if next(reader(path), None) is None:
         raise DataError(f"{path} has no rows.")
     stat = path.stat()
+    key = {"path": path.resolve(), "size": stat.st_size, "time": stat.st_mtime_ns}
     try:
         return datasets.Dataset.from_generator(
-            _keyed_rows,
-            gen_kwargs={"reader": reader, "path": path.resolve(), "size": stat.st_size, "time": stat.st_mtime_ns},
+            _checked_rows, gen_kwargs={"reader": reader, "column": column, "source_column": source_column, **key}
         )
     except datasets.exceptions.DatasetGenerationError as error:
         cause: BaseException | None = error
@@ -147,59 +180,74 @@ def _from_rows(path: Path, reader: Callable[[Path], Iterator[dict[str, Any]]]) -
         raise DataError(f"{path}: the rows do not have one shape: {error.__cause__ or error}") from error
 
 
-def _keyed_rows(
-    reader: Callable[[Path], Iterator[dict[str, Any]]], path: Path, size: int, time: int
+def _checked_rows(
+    reader: Reader, column: str, source_column: str, path: Path, size: int, time: int
 ) -> Iterator[dict[str, Any]]:
+    """The column alone: rows may differ in the others, and Arrow would refuse them for it."""
     del size, time  # they are there for the cache's key
-    yield from reader(path)
+    for number, row in reader(path):
+        if source_column not in row:
+            raise DataError(
+                f"{path}, line {number}: there is no column {source_column!r}; the row has {', '.join(row)}. Name the right one "
+                f"with --{column}_column."
+            )
+        value = row[source_column]
+        if column == "text" and not isinstance(value, str):
+            raise DataError(
+                f"{path}, line {number}: {source_column!r} is {str(value)[:60]!r}, and it has to be a string."
+            )
+        yield {source_column: _role_and_content(value) if column == "messages" else value}
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """One JSON object a line; or, in a .json file, one list of objects."""
-    with path.open(encoding="utf-8") as file:
-        if path.suffix == ".json":
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of UTF-8, with or without a byte-order mark; as bytes first, so that a fault is found in its line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
             try:
-                rows = json.load(file)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise DataError(f"{path} is not JSON: {error}. For one object a line, name the file .jsonl.") from error
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise DataError(f"{path} is not a list of objects. For one object a line, name the file .jsonl.")
-            yield from rows
-            return
-        number = 0
+                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}, line {number}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
+                ) from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """One JSON object a line; or, in a .json file, one list of objects, where the number is that of the object."""
+    if path.suffix == ".json":
         try:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{path}, line {number}: a row is an object like {{...}}, not {line.strip()[:60]!r}."
-                    )
-                yield row
+            rows = json.loads("".join(line for _, line in _lines(path)))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path} is not JSON: {error}. For one object a line, name the file .jsonl.") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise DataError(f"{path} is not a list of objects. For one object a line, name the file .jsonl.")
+        yield from enumerate(rows, 1)
+        return
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}). Mend or remove the line."
             ) from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, after line {number}: not UTF-8 text ({error.reason}).") from error
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: a row is an object like {{...}}, not {line.strip()[:60]!r}.")
+        yield number, row
 
 
-def _text_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _text_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """A text file's paragraphs: documents are separated by empty lines."""
     lines: list[str] = []
-    try:
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.strip():
-                    lines.append(line.rstrip("\n"))
-                elif lines:
-                    yield {"text": "\n".join(lines)}
-                    lines = []
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error.reason}).") from error
+    number = 0
+    for number, line in _lines(path):
+        if line.strip():
+            lines.append(line.rstrip("\r\n"))
+        elif lines:
+            yield number - len(lines), {"text": "\n".join(lines)}
+            lines = []
     if lines:
-        yield {"text": "\n".join(lines)}
+        yield number - len(lines) + 1, {"text": "\n".join(lines)}
 
 
 def _load_hub(spec: SourceSpec) -> dict[str, datasets.Dataset]:

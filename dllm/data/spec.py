@@ -38,7 +38,7 @@ def parse_dataset_args(text: str) -> list[SourceSpec]:
     Raises:
         DataError: the text does not follow the grammar; the message shows what does.
     """
-    sources = [_parse_source(part.strip()) for part in re.split(r"\s\+\s", text.strip())]
+    sources = [_parse_source(part.strip()) for part in re.split(r"(?<!\S)\+(?!\S)", text)]
     return sources
 
 
@@ -52,7 +52,7 @@ def _parse_source(text: str) -> SourceSpec:
         split, colon, count = (piece.strip() for piece in part.partition(":"))
         if split not in SPLITS:
             raise DataError(f"dataset_args {text!r}: there is no split {split!r}.{did_you_mean(split, SPLITS)}")
-        if not colon or not re.fullmatch(r"\d[\d_]*", count):
+        if not colon or not re.fullmatch(r"[0-9]+(_[0-9]+)*", count):
             raise DataError(f"dataset_args {text!r}: {part!r} gives no whole number of rows: {example}.")
         if split in limits:
             raise DataError(f"dataset_args {text!r}: {split} is given twice.")

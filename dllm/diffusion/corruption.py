@@ -93,7 +93,8 @@ class CorruptionPlan:
             here = step_B == step
             order = keyed_permutation(self.group, self.seed, _ORDER, step).to(place_B.device)
             order_B[here] = order[place_B[here]]
-        return (keyed_uniform(self.seed, _TIME, step_B) + order_B / self.group) % 1.0
+        u_B = keyed_uniform(self.seed, _TIME, step_B)
+        return (u_B + order_B.to(u_B.dtype) / self.group) % 1.0  # a quotient of integers would be fp32
 
     def corrupt(self, ids_BL: Tensor, maskable_BL: Tensor, samples_B: Tensor, mask_token_id: int) -> Corrupted:
         """Masks a batch.
@@ -105,7 +106,8 @@ class CorruptionPlan:
             mask_token_id: what a masked token becomes.
 
         Returns:
-            The masked batch. A row that is cut or padded masks its first tokens the same way.
+            The masked batch. A row that is padded masks its tokens the same way; so does one that is cut, if masking is
+            bernoulli (an exact number is a share of what the row has).
         """
         t_B = self.sample_times(samples_B)
         positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
@@ -118,6 +120,6 @@ class CorruptionPlan:
             k_B = (t_B * n_B).floor().long().add(1).minimum(n_B)
             place_BL = u_BL.masked_fill(~maskable_BL, 2.0).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
             masked_BL = maskable_BL & (place_BL < k_B[:, None])
-            p_B1 = (k_B / n_B.clamp(min=1)).clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+            p_B1 = (k_B.to(t_B.dtype) / n_B.clamp(min=1)).clamp(min=torch.finfo(t_B.dtype).tiny)[:, None]
         weight_BL = torch.where(masked_BL, elbo_weight(p_B1), 0.0).float()
         return Corrupted(ids_BL.masked_fill(masked_BL, mask_token_id), masked_BL, weight_BL, t_B)

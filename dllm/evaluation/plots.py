@@ -70,8 +70,8 @@ def plot_denoising(puzzle: str, trace: Trace, cells: Sequence[str], path: Path, 
     size, box_rows, box_columns = (9, 3, 3) if len(puzzle) == 81 else (6, 2, 3)
     filled_at = trace.commit_steps(0).tolist()
     last = max(filled_at)
-    figure, axes = plt.subplots(1, len(shares), figsize=(3 * len(shares), 3.4), layout="constrained")
-    for axis, share in zip(axes, shares, strict=True):
+    figure, axes = plt.subplots(1, len(shares), figsize=(3 * len(shares), 3.4), layout="constrained", squeeze=False)
+    for axis, share in zip(axes[0], shares, strict=True):
         now = round(share * (last + 1))
         for place, cell in enumerate(puzzle):
             row, column = divmod(place, size)

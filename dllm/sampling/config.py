@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -55,10 +56,11 @@ class SamplingConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 refuse(name, "it is a whole number, at least 1")
-        if not self.temperature >= 0:
-            refuse("temperature", "it is 0 or more")
-        if not self.cfg_scale >= 0:
-            refuse("cfg_scale", "it is 0 (off) or more")
+        for name, allowed in (("temperature", "0 or more"), ("cfg_scale", "0 (off) or more")):
+            value = getattr(self, name)
+            # an infinite one would make NaN of suppressed tokens, or of equal logits
+            if not isinstance(value, int | float) or not 0 <= value < math.inf:
+                refuse(name, f"it is {allowed}, a finite number")
         if self.remasking not in get_args(Remasking):
             raise OptionError(
                 f"remasking={self.remasking!r} does not exist.{did_you_mean(str(self.remasking), get_args(Remasking))}"

@@ -96,7 +96,7 @@ def _stack(canvases: Sequence[Tensor], fill: int) -> tuple[Tensor, Tensor]:
     return ids_RL, real_RL
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what comes back may be trained on, or changed in place
 def denoise(
     predict: Predictor,
     canvases: Sequence[Tensor],
@@ -130,10 +130,19 @@ def denoise(
         The filled canvases in the order given, the number of forwards and, if asked, the trace.
 
     Raises:
-        OptionError: fewer steps than blocks.
+        OptionError: fewer steps than blocks, or `masked` or `requests` that do not fit the canvases.
     """
     if not canvases:
         return Denoised([], 0, [], Trace([]) if trace else None)
+    if requests is not None and len(requests) != len(canvases):
+        raise OptionError(
+            f"requests has {len(requests)} numbers for {len(canvases)} rows: give one a row, or none at all."
+        )
+    if masked is not None and [len(row) for row in masked] != [len(row) for row in canvases]:
+        raise OptionError(
+            f"masked has rows of {[len(row) for row in masked]} positions for canvases of {[len(row) for row in canvases]}: "
+            f"give one bool a token."
+        )
     ids_RL, real_RL = _stack(canvases, mask_token_id)
     masked_RL = _stack(masked, 0)[0].bool() if masked is not None else (ids_RL == mask_token_id) & real_RL
     ids_RL = ids_RL.masked_fill(masked_RL, mask_token_id)
@@ -149,8 +158,11 @@ def denoise(
     result_RL = ids_RL.clone()
 
     # from here on everything a step touches lives on the device; the host knows the schedule, so it never asks
-    ids_RL, real_RL, masked_RL, given_RL = (x[running].to(device) for x in (ids_RL, real_RL, masked_RL, given_RL))
-    block_RL, step_block_RS, step_count_RS = (x[running].to(device) for x in schedule)
+    longest = max((len(canvases[row]) for row in running.tolist()), default=0)
+    ids_RL, real_RL, masked_RL, given_RL, block_RL = (
+        x[running, :longest].to(device) for x in (ids_RL, real_RL, masked_RL, given_RL, schedule.block_RL)
+    )
+    step_block_RS, step_count_RS = (x[running].to(device) for x in (schedule.step_block_RS, schedule.step_count_RS))
     request_R, last_step_R = request_R[running].to(device), steps_R[running]
     never = tuple(eos_token_ids) if config.suppress_eos else ()
     ends = torch.tensor(list(end_token_ids) if config.eos_last else [], dtype=torch.int64, device=device)

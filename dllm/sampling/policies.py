@@ -13,7 +13,7 @@ def most_confident(confidence_RL: Tensor, open_RL: Tensor, count_R: Tensor) -> T
     """The `count` open positions of each row with the highest confidence; of equal ones the leftmost.
 
     Args:
-        confidence_RL: any float [R, L]; larger is surer. Only its order matters.
+        confidence_RL: any float [R, L], finite where open; larger is surer. Only its order matters.
         open_RL: bool [R, L], positions that may be committed.
         count_R: int64 [R], how many of them.
 

@@ -1,29 +1,35 @@
-"""What happens beside training: a log that plots can be made from, and a stop that loses nothing."""
+"""What happens beside training: a log that plots can be made from, what is shown, and a stop that loses nothing."""
 
 from __future__ import annotations
 
 import json
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import datasets
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 
 
 class JsonLog(TrainerCallback):
     """Writes `log.jsonl` into the output folder: one object a logged step, tokens seen and seconds spent included.
 
-    A resumed run goes on after the step that it resumes from; lines past it are dropped.
+    There is a line at every checkpoint, so that a resumed run goes on where its counts stood; lines past the step that it
+    resumes from are dropped, and so is the summary with which the stopped run ended. No line is written twice.
     """
 
     def __init__(self, tokens_seen: Callable[[], int]) -> None:
         self.tokens_seen = tokens_seen
         self.path: Path | None = None
         self.before = {"seconds": 0.0, "tokens": 0}
+        self.written: set[tuple[Any, ...]] = set()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -34,9 +40,19 @@ class JsonLog(TrainerCallback):
         kept = []
         if state.global_step and self.path.exists():
             kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.before = {key: kept[-1][key] if kept else 0 for key in self.before}
+        kept = [row for row in kept if "train_runtime" not in row]
+        self.written = {_kind(row) for row in kept}
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
         self.began = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    on_epoch_end = on_step_end
 
     def on_log(
         self,
@@ -54,8 +70,16 @@ class JsonLog(TrainerCallback):
             "seconds": round(self.before["seconds"] + time.monotonic() - self.began, 2),
             **logs,
         }
+        if _kind(row) in self.written:  # the evaluation after the last step, where that step was evaluated already
+            return
+        self.written.add(_kind(row))
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def _kind(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two rows share that say the same: the step, and which numbers they give."""
+    return row["step"], *sorted(row)
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -67,6 +91,56 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+class Bar(ProgressCallback):
+    """transformers' progress bars without the dicts that it prints between them; see `LogLines`."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+
+class LogLines(TrainerCallback):
+    """Prints one short line a logged step, above the progress bar where there is one."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            tqdm.write(log_line(state.global_step, state.max_steps, logs))
+            sys.stdout.flush()  # a file that is followed with tail -f shows it now
+
+
+def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
+    """What a logged step says, in words."""
+    if "loss" in logs:
+        words = f"loss {logs['loss']:.4f}"
+        words += f"  gradient {logs['grad_norm']:.3g}" if "grad_norm" in logs else ""
+        words += f"  rate {logs['learning_rate']:.3g}" if "learning_rate" in logs else ""
+    elif "eval_loss" in logs:
+        words = f"loss {logs['eval_loss']:.4f} on unseen rows"
+    elif "train_loss" in logs:
+        words = f"trained in {logs['train_runtime']:.1f} s, mean loss {logs['train_loss']:.4f}"
+    else:
+        words = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, int | float))
+    return f"step {step}/{steps}  {words}"
+
+
+def hide_bars(everywhere: bool) -> None:
+    """Hides the progress bars of transformers and datasets; a file would get every redraw of them.
+
+    Args:
+        everywhere: also where someone looks, for the bars would break into another one.
+    """
+    if everywhere or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
 class StopOnSignal(TrainerCallback):
@@ -108,5 +182,9 @@ class StopOnSignal(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self.restore()
+
+    def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
+        while self._before:
+            signal.signal(*self._before.popitem())

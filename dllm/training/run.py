@@ -7,22 +7,30 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import datasets
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
 from dllm.data.sources import load_splits
 from dllm.errors import CheckpointError, DataError, DllmError, OptionError, did_you_mean
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
-from dllm.training.callbacks import JsonLog, StopOnSignal
+from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
+from dllm.training.checkpoints import SEAL, fault, last_whole, no_room
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
@@ -50,6 +58,13 @@ class Family:
     trainer: type[MaskedDiffusionTrainer]
 
 
+class _Parser(HfArgumentParser):
+    """argparse whose errors are ours: one line, not two hundred lines of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}. See  {self.prog} --help")
+
+
 def parse_arguments(
     task: Task, argv: Sequence[str] | None = None
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
@@ -57,11 +72,12 @@ def parse_arguments(
 
     Raises:
         OptionError: an option that does not exist (with the nearest name), or a value that does not fit.
-        SystemExit: --help, or a value of the wrong type.
+        SystemExit: --help.
     """
     kinds = (ModelArguments, DataArguments, TrainingArguments)
-    parser = HfArgumentParser(kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task])
-    parser.set_defaults(**TASK_DEFAULTS[task])
+    parser = _Parser(kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task])
+    # not None, for which transformers would write into a folder of its own choice
+    parser.set_defaults(output_dir="", **TASK_DEFAULTS[task])
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             None if argv is None else list(argv), return_remaining_strings=True
@@ -104,10 +120,11 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
     """
     model_args, data_args, args = parse_arguments(task, argv)
     resume = check_output_dir(args)
+    hide_bars(everywhere=args.process_index > 0)
     set_seed(args.seed)
     tokenizer, model, train, test = prepare(task, family, model_args, data_args)
     if args.eval_strategy != "no" and test is None:
-        raise DataError(f"--eval_strategy {args.eval_strategy} needs test rows: write  NAME[train:N,test:M].")
+        raise DataError(f"--eval_strategy {args.eval_strategy.value} needs test rows: write  NAME[train:N,test:M].")
     _check_disk(Path(str(args.output_dir)), model)
 
     stop = StopOnSignal()
@@ -120,33 +137,42 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         make_collator=make_collator(task, data_args, tokenizer),
     )
     trainer.add_callback(stop)
+    for theirs in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(theirs)
+    if sys.stderr.isatty() and not args.disable_tqdm:
+        trainer.add_callback(Bar())
+    trainer.add_callback(LogLines())
+    hide_bars(everywhere=True)
     trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
     if trainer.is_world_process_zero():
         print(
             f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} rows; a step is "
-            f"{args.world_size} processes x {args.train_batch_size} samples x {args.gradient_accumulation_steps} accumulated; "
-            f"{trainer.accelerator.distributed_type.value}, {'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'} on "
-            f"{args.device}",
+            f"{args.world_size} process{'es' * (args.world_size > 1)} x {args.train_batch_size} samples x "
+            f"{args.gradient_accumulation_steps} accumulated; "
+            f"{f'{trainer.accelerator.distributed_type.value}, ' if args.world_size > 1 else ''}"
+            f"{'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'} on {args.device}",
             flush=True,
         )
     try:
         trainer.train(resume_from_checkpoint=resume)
-    except OSError as error:
-        if error.errno == 28:  # ENOSPC
+        if stop.received is None:
+            if test is not None:
+                trainer.evaluate()
+            return _save(trainer, Path(str(args.output_dir)) / FINAL)
+    except Exception as error:
+        if no_room(error):
             raise CheckpointError(
-                f"The disk of {args.output_dir} is full. Free some space; then go on from the last whole checkpoint with "
-                f"--resume_from_checkpoint auto."
+                f"The disk of {args.output_dir} is full ({error}). Free some space; then go on from the last whole checkpoint "
+                f"with --resume_from_checkpoint auto."
             ) from error
         raise
-    if stop.received is not None:
-        if trainer.is_world_process_zero():
-            print(
-                f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto"
-            )
-        raise SystemExit(128 + stop.received)
-    if test is not None:
-        trainer.log_metrics("eval", trainer.evaluate())
-    return _save(trainer, Path(str(args.output_dir)) / FINAL)
+    finally:
+        stop.restore()
+    if trainer.is_world_process_zero():
+        print(
+            f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto"
+        )
+    raise SystemExit(128 + stop.received)
 
 
 def prepare(
@@ -199,36 +225,54 @@ def check_output_dir(args: TrainingArguments) -> str | None:
         The checkpoint to resume from, if that was asked for.
 
     Raises:
-        OptionError: none is given, it is not empty, it cannot be written, or there is no checkpoint to resume from.
+        OptionError: none is given, it is not empty, it cannot be written, or there is no whole checkpoint to resume from.
     """
     if not args.output_dir:
         raise OptionError("Give --output_dir, the folder for checkpoints and the final model.")
     folder = Path(args.output_dir)
     resume = args.resume_from_checkpoint
-    if isinstance(resume, str) and resume.lower() in ("auto", "true", "last"):
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None and folder.is_dir() and any(folder.iterdir()):
-            raise OptionError(f"--resume_from_checkpoint {resume}: {folder} holds no checkpoint to go on from.")
-        return None if last is None else str(last)
-    if resume:
-        if not (Path(resume) / "trainer_state.json").exists():
-            raise OptionError(
-                f"--resume_from_checkpoint {resume}: that is no checkpoint folder. Say auto for the last one."
-            )
-        return str(resume)
-    if args.process_index == 0:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise OptionError(
-                f"--output_dir {folder} is not empty: name another folder, empty this one, or go on from its last checkpoint "
-                f"with --resume_from_checkpoint auto."
-            )
-        try:
+    auto = isinstance(resume, str) and resume.lower() in ("auto", "true", "last")
+    try:
+        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+        if auto and folder.is_dir() and not empty:
+            last = last_whole(folder)
+            if last is None:
+                raise OptionError(
+                    f"--resume_from_checkpoint {resume}: {folder} holds no whole checkpoint to go on from. Name another folder, "
+                    f"or empty this one, and start anew."
+                )
+            return str(last)
+        if resume and not auto:
+            return _given_checkpoint(Path(resume))
+        if args.process_index == 0:
+            if not empty:
+                raise OptionError(
+                    f"--output_dir {folder} is not empty: name another folder, empty this one, or go on from its last "
+                    f"checkpoint with --resume_from_checkpoint auto."
+                    if folder.is_dir()
+                    else f"--output_dir {folder} is a file: name a folder."
+                )
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptionError(f"--output_dir {folder} cannot be made: {error.strerror}.") from error
-        if not os.access(folder, os.W_OK):
-            raise OptionError(f"--output_dir {folder} cannot be written to.")
+            if not os.access(folder, os.W_OK):
+                raise OptionError(f"--output_dir {folder} cannot be written to. Name another folder.")
+    except OSError as error:
+        raise OptionError(
+            f"--output_dir {folder} cannot be made or read: {error.strerror}. Name another folder."
+        ) from error
     return None
+
+
+def _given_checkpoint(folder: Path) -> str:
+    if not (folder / "trainer_state.json").exists():
+        raise OptionError(
+            f"--resume_from_checkpoint {folder}: that is no checkpoint folder. Say auto for the last one."
+        )
+    damage = fault(folder) if (folder / SEAL).exists() else None  # transformers' own Trainer seals none
+    if damage is not None:
+        raise OptionError(
+            f"--resume_from_checkpoint {folder}: that checkpoint is damaged: {damage}. Say auto for the last whole one."
+        )
+    return str(folder)
 
 
 def _check_disk(folder: Path, model: PreTrainedModel) -> None:

@@ -5,7 +5,9 @@ Shapes: B samples, L positions, N masked positions, V vocabulary.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,12 +16,13 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from dllm.data.order import OrderedDataset
 from dllm.diffusion.corruption import CorruptionPlan
 from dllm.diffusion.objective import batch_count, masked_loss, masked_nll
 from dllm.training.arguments import TrainingArguments
+from dllm.training.checkpoints import seal
 from dllm.training.optimizers import build_muon
 
 
@@ -159,6 +162,33 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = output.metrics.pop(f"{prefix}_exact_loss")
         return output
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # transformers looks whether the steps are done after a step, so a finished run that goes on would take one more
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """transformers' checkpoint, sealed once every rank has written its files; a failed one is removed."""
+        run_folder = Path(self._get_output_dir(trial=trial))
+        folder = run_folder / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:  # what an earlier run left there must not be mixed with this one
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        # older checkpoints are deleted once this one is whole, and transformers would do it earlier
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        finally:
+            self.args.save_total_limit = keep
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(folder)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_folder), save_total_limit=keep, best_model_checkpoint=best, use_mtime=True)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW by transformers, or Muon with AdamW."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.errors import CheckpointError, OptionError
-from dllm.sampling.config import SamplingConfig
+from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
 from dllm.sampling.trace import StepEvent, Trace
 
@@ -72,15 +72,10 @@ def generate(
         OptionError: an unknown option, a value out of range, `block_length` above `gen_length`, or a prompt that leaves no
             room for the answer in the model's context.
     """
-    config = SamplingConfig.from_options(**options)
-    if config.block_length is not None and config.block_length > config.gen_length:
-        raise OptionError(
-            f"block_length={config.block_length} exceeds gen_length={config.gen_length}: give a block_length of at most "
-            f"{config.gen_length}, or leave it out for one block."
-        )
+    config = generation_config(**options)
     mask_token_id = _mask_token_id(model, tokenizer)
     tails = torch.full((config.gen_length,), mask_token_id)
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    ids = [encode_prompt(tokenizer, prompt) for prompt in _one_a_row(prompts)]
     for row, prompt in enumerate(ids):
         _check_room(
             model,
@@ -126,11 +121,14 @@ def infilling(
         The filled canvases and their whole texts.
 
     Raises:
-        OptionError: an unknown option, a value out of range, or an input longer than the model's context.
+        OptionError: an unknown option, a value out of range, `gen_length`, or an input longer than the model's context.
     """
+    lengths = [name for name in options if ALIASES.get(name, name) == "gen_length"]
+    if lengths:
+        raise OptionError(f"infilling takes no {lengths[0]}: it writes where the masks of its inputs stand.")
     config = SamplingConfig.from_options(**options)
     mask_token_id = _mask_token_id(model, tokenizer)
-    canvases = [encode_prompt(tokenizer, item) for item in inputs]
+    canvases = [encode_prompt(tokenizer, item) for item in _one_a_row(inputs)]
     for row, canvas in enumerate(canvases):
         _check_room(model, len(canvas), f"input {row} ({len(canvas)} tokens)")
     masked = [canvas == mask_token_id for canvas in canvases]
@@ -139,6 +137,32 @@ def infilling(
         [] if tokenizer is None else [tokenizer.decode(x.tolist(), skip_special_tokens=True) for x in result.sequences]
     )
     return SamplingResult(result.sequences, texts, result.nfe, result.steps, result.new_tokens, result.trace)
+
+
+def generation_config(**options: Any) -> SamplingConfig:
+    """The settings of `generate`, checked without a model.
+
+    Raises:
+        OptionError: an unknown option, a value out of range, or `block_length` above `gen_length`.
+    """
+    config = SamplingConfig.from_options(**options)
+    if config.block_length is not None and config.block_length > config.gen_length:
+        raise OptionError(
+            f"block_length={config.block_length} exceeds gen_length={config.gen_length}: give a block_length of at most "
+            f"{config.gen_length}, or leave it out for one block."
+        )
+    return config
+
+
+def _one_a_row(prompts: Sequence[Any]) -> Sequence[Any]:
+    """Refuses one prompt in place of a list of them, which would be taken apart into rows."""
+    if isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.dim() < 2):
+        raise OptionError("One prompt was given where a list of them belongs: write [prompt].")
+    if any(isinstance(prompt, int | Mapping) for prompt in prompts):
+        raise OptionError(
+            "One prompt (its ids, or its messages) was given where a list of them belongs: write [prompt]."
+        )
+    return prompts
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> Tensor:

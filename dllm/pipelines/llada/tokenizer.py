@@ -80,11 +80,11 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrain
                 f"The tokenizer of {name!r} has no mask token: none is declared, and none of {', '.join(MASK_SPELLINGS)} is in "
                 f"its vocabulary. Is this a LLaDA checkpoint?"
             )
-        tokenizer.mask_token = spelt
+        tokenizer.add_special_tokens({"mask_token": spelt})  # a name alone would leave it split into subwords
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.bos_token_id is None and BOS in vocabulary:
-        tokenizer.bos_token = BOS
+        tokenizer.add_special_tokens({"bos_token": BOS})
     markers = [token for token in (HEADER_START, HEADER_END, EOT) if token in vocabulary]
     if len(markers) == 3:
         if any(len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1 for marker in markers):

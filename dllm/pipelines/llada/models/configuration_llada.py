@@ -14,13 +14,17 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "alibi": (False, None),
     "attention_layer_norm": (False, None),
     "bias_for_layer_norm": (False, None),
+    "block_group_size": (1,),
     "block_type": ("llama",),
     "activation_type": ("silu",),
+    "clip_qkv": (None,),
     "include_bias": (False, None),
     "include_qkv_bias": (False, None),
     "input_emb_norm": (False, None),
     "layer_norm_type": ("rms",),
+    "layer_norm_with_affine": (True, None),
     "rope": (True,),
+    "rope_scaling": (None,),
     "scale_logits": (False, None),
     "attention_dropout": (0, None),
     "residual_dropout": (0, None),
@@ -95,6 +99,7 @@ class LLaDAConfig(PreTrainedConfig):
     pad_token_id: int | None = 126081
 
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # first: it moves the standard names into these fields
         if self.n_kv_heads is None:
             # the oldest files say multi-query with a flag of their own
             self.n_kv_heads = 1 if kwargs.get("multi_query_attention") else self.n_heads
@@ -102,7 +107,6 @@ class LLaDAConfig(PreTrainedConfig):
             self.mlp_hidden_size = int(self.mlp_ratio * self.d_model)
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
-        super().__post_init__(**kwargs)
         refuse_unknown_architecture(self, IMPLEMENTED)
         check_multiples(self, ("d_model", "n_heads"), ("n_heads", "n_kv_heads"))
         if self.head_dim % 2:

@@ -7,7 +7,6 @@ gated SiLU) with full attention.
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar
 
 import torch
@@ -44,6 +43,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.ff_proj = nn.Linear(d_model, hidden, bias=False)
         self.up_proj = nn.Linear(d_model, hidden, bias=False)
         self.ff_out = nn.Linear(hidden, d_model, bias=False)
+        for linear in (self.attn_out, self.ff_out):  # for their start: transformers asks for each linear by itself
+            linear.writes_in_layer = layer_idx  # type: ignore[assignment]
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, attention_mask: Tensor | None) -> Tensor:
         x_BLD = x_BLD + self.attn_out(rotary_attention(self, self.attn_norm(x_BLD), cos, sin, attention_mask))
@@ -71,20 +72,14 @@ class LLaDAPreTrainedModel(PreTrainedModel):
         `init_fn: mitchell` is the public models' start: 1 / sqrt(D) for what reads the residual stream, and
         1 / sqrt(2 * fan_in * (layer + 1)) for what writes to it. Any other value means a normal of `init_std`.
         """
-        mitchell = self.config.init_fn == "mitchell"
-        reading = self.config.d_model**-0.5 if mitchell else self.config.init_std
-        if isinstance(module, LLaDABlock):
-            for linear in (module.q_proj, module.k_proj, module.v_proj, module.ff_proj, module.up_proj):
-                init.normal_(linear.weight, std=reading)
-            for linear in (module.attn_out, module.ff_out):
-                writing = 1 / math.sqrt(2 * linear.in_features * (module.layer_idx + 1))
-                init.normal_(linear.weight, std=writing if mitchell else self.config.init_std)
-        elif isinstance(module, RMSNorm):
+        if isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif isinstance(module, LLaDAModel):
-            init.normal_(module.transformer.wte.weight, std=reading)
-            if "ff_out" in module.transformer:
-                init.normal_(module.transformer.ff_out.weight, std=reading)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            std = self.config.init_std
+            if self.config.init_fn == "mitchell":
+                layer = getattr(module, "writes_in_layer", None)
+                std = self.config.d_model**-0.5 if layer is None else (2 * module.in_features * (layer + 1)) ** -0.5
+            init.normal_(module.weight, std=std)
 
 
 class LLaDAModel(LLaDAPreTrainedModel):
@@ -110,6 +105,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         return self.transformer["wte"]
 
     def set_input_embeddings(self, value: nn.Module) -> None:
+        self.config.embedding_size = len(value.weight)  # resized tables must load again
         self.transformer["wte"] = value
 
     def forward(

@@ -1,0 +1,130 @@
+"""The canvas that fills up: on a terminal every step, elsewhere three frames; what is given never changes."""
+
+from __future__ import annotations
+
+import io
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from dllm.cli.display import LiveCanvas, running_text, sudoku_grid
+from dllm.sampling.trace import StepEvent
+
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+def console(terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100, color_system="standard", highlight=False)
+
+
+def written(to: Console) -> str:
+    assert isinstance(to.file, io.StringIO)
+    return CONTROL.sub("", to.file.getvalue())
+
+
+def event(step: int, *commits: tuple[int, int, int]) -> StepEvent:
+    """Of (row, position, token)."""
+    row, position, token = torch.tensor(commits).T
+    return StepEvent(step, row, position, token, torch.ones(len(commits)))
+
+
+def letter(token: int) -> str:
+    return chr(ord("A") + token)
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[list[str | None], list[list[int]]]:
+    """A row with blanks, and the blanks in the order in which steps fill them."""
+    given_at = draw(st.lists(st.booleans(), min_size=1, max_size=20))
+    start = ["g" if there else None for there in given_at]
+    blanks = draw(st.permutations([place for place, there in enumerate(given_at) if not there]))
+    steps = []
+    while blanks:
+        count = draw(st.integers(1, len(blanks)))
+        steps.append(blanks[:count])
+        blanks = blanks[count:]
+    return start, steps
+
+
+@given(runs())
+def test_on_a_terminal_masks_become_tokens_and_given_ones_stay(run: tuple[list[str | None], list[list[int]]]) -> None:
+    start, steps = run
+    to = console(terminal=True)
+    frames = []
+    with LiveCanvas(start, letter, steps=len(steps), seconds=0, console=to) as live:
+        frames.append(list(live.pieces))
+        for number, places in enumerate(steps):
+            # another row of the batch commits as well, and must not be seen
+            live(event(number, *((0, place, number) for place in places), (1, 0, 25)))
+            frames.append(list(live.pieces))
+        live(event(len(steps), (1, 0, 25)))
+    for number, frame in enumerate(frames):
+        expected = [piece if piece is not None else "·" for piece in start]
+        for done, places in enumerate(steps[:number]):
+            for place in places:
+                expected[place] = letter(done)
+        assert frame == expected
+    shown = written(to)
+    assert "".join(frames[0]) + f"\nstep 0 of {len(steps)}" in shown
+    assert shown.rstrip().endswith("".join(frames[-1]) + f"\nstep {len(steps)} of {len(steps)}")
+    for number in range(len(steps) + 1):
+        assert f"step {number} of " in shown
+
+
+def test_what_is_fresh_stands_out_for_one_step() -> None:
+    to = console(terminal=True)
+    with LiveCanvas(["a", None, None], letter, seconds=0, console=to) as live:
+        live(event(0, (0, 1, 0)))
+        assert live.styles == ["bold", "black on green", "dim"]
+        live(event(1, (0, 2, 1)))
+        assert live.styles == ["bold", "green", "black on green"]
+    assert live.styles == ["bold", "green", "green"]
+
+
+def test_a_pipe_gets_three_frames() -> None:
+    to = console(terminal=False)
+    blanks = 40
+    with LiveCanvas([None] * blanks, letter, console=to) as live:
+        for place in range(blanks):
+            live(event(place, (0, place, 0)))
+    lines = written(to).splitlines()
+    assert [line for line in lines if line.startswith("step")] == ["step 0 of 40", "step 20 of 40", "step 40 of 40"]
+    assert lines[::2] == ["·" * 40, "A" * 20 + "·" * 20, "A" * 40]
+
+
+def test_fewer_steps_than_foreseen_end_as_all_of_them() -> None:
+    to = console(terminal=False)
+    with LiveCanvas([None, None], letter, steps=9, console=to) as live:
+        live(event(0, (0, 0, 0), (0, 1, 0)))
+    assert written(to).endswith("AA\nstep 1 of 1\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_error_passes_through_and_the_terminal_is_given_back(terminal: bool) -> None:
+    to = console(terminal)
+    canvas = LiveCanvas([None], letter, console=to)
+    with pytest.raises(ZeroDivisionError), canvas:
+        raise ZeroDivisionError
+    assert not canvas.live.is_started
+    assert "A" not in written(to)
+
+
+@pytest.mark.parametrize(("size", "box_rows", "box_columns"), [(6, 2, 3), (9, 3, 3)])
+def test_a_grid_holds_its_cells_in_row_order_and_its_boxes(size: int, box_rows: int, box_columns: int) -> None:
+    cells = [letter(place % 26) for place in range(size * size)] + ["end"]
+    text = sudoku_grid(cells, ["bold"] * len(cells))
+    assert re.sub(r"[^A-Z]", "", text.plain) == "".join(cells[:-1])
+    lines = text.plain.splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == size + size // box_rows + 1
+    for line in lines:
+        assert line.count("│") in (0, size // box_columns + 1)
+    assert [lines[0][0], lines[-1][-1]] == ["┌", "┘"]
+
+
+def test_square_brackets_are_text_and_not_markup() -> None:
+    assert running_text(["[bold]", "x"], ["dim", "dim"]).plain == "[bold]x"

@@ -1,0 +1,293 @@
+"""`dllm generate`: puzzles with the model inside, text with a named one."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from system.workshop import save_tiny_model
+
+from dllm.cli import display, generate
+from dllm.cli.main import main
+from dllm.data.sudoku import is_solution, puzzles
+from dllm.pipelines.llada import generate as write
+from dllm.pipelines.llada import load_model, load_tokenizer
+
+EASY = "534678912672195348198342567859761423426853791713924856961537284287419635.4528617."
+PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+TEXTS = ["the sea is grey and the sky is wide", "In the beginning there was a word.", "why is the sky blue?"]
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("model") / "tiny", texts=TEXTS))
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model is a failure: what is wrong has to be said before."""
+
+    def load(arguments: Namespace) -> tuple[Any, Any]:
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(generate, "_load", load)
+
+
+def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(["generate", *arguments]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    return shown.out
+
+
+def records(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out(capsys, *arguments, "--json").splitlines()]
+
+
+# What only a trained model can do ------------------------------------------------------------------------------------
+
+
+def test_the_model_inside_solves_an_unseen_puzzle(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ": solved\n" in out(capsys)
+
+
+def test_the_model_inside_solves_most_puzzles(capsys: pytest.CaptureFixture[str]) -> None:
+    unseen = [puzzle for puzzle, _ in puzzles(9, "test", 8, clues=(40, 45), seed=1)]
+    rows = records(capsys, *unseen, "--steps", "20")
+    assert [row["prompt"] for row in rows] == unseen
+    assert sum(row["solved"] for row in rows) >= 7
+
+
+# Puzzles --------------------------------------------------------------------------------------------------------------
+
+
+def cells(shown: str) -> str:
+    return re.sub(r"\D", "", shown[shown.index("┌") : shown.rindex("┘")])
+
+
+def test_a_puzzle_is_filled_and_what_was_given_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = out(capsys, PUZZLE)
+    verdict, grid = shown.splitlines()[-2:]
+    assert len(shown.splitlines()) == 15
+    assert re.fullmatch(r"\d{81}", grid)
+    assert cells(shown) == grid
+    assert all(given in (".", cell) for given, cell in zip(PUZZLE, grid, strict=True))
+    solved = is_solution(PUZZLE, grid)
+    assert verdict == "51 blanks, 51 forwards: " + ("solved" if solved else "NOT solved: the model erred")
+
+
+@pytest.mark.parametrize("blank", ["0", "_"])
+def test_blanks_may_be_written_in_three_ways(blank: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert records(capsys, EASY.replace(".", blank)) == records(capsys, EASY)
+
+
+def test_json_has_one_object_a_puzzle(capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = records(capsys, PUZZLE, EASY, "--steps", "7")
+    assert (first["prompt"], first["nfe"], first["new_tokens"]) == (PUZZLE, 7, 51)
+    assert (second["prompt"], second["nfe"], second["new_tokens"]) == (EASY, 2, 2)
+    for row in (first, second):
+        assert set(row) == {"prompt", "text", "solved", "nfe", "new_tokens"}
+        assert row["solved"] == is_solution(row["prompt"], row["text"])
+
+
+def test_puzzles_in_a_batch_are_solved_as_each_is_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    run = [PUZZLE, EASY, PUZZLE, "--steps", "4", "--temperature", "2", "--json"]
+    one, two, all_three = (out(capsys, *run, "--batch_size", size) for size in ("1", "2", "100"))
+    assert one == two == all_three
+    first, _, third = (json.loads(line)["text"] for line in one.splitlines())
+    assert first != third, "each prompt has noise of its own"
+
+
+def test_guidance_counts_two_forwards_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [row["nfe"] for row in records(capsys, PUZZLE, EASY, "--steps", "3", "--cfg_scale", "1")] == [6, 4]
+
+
+def test_a_seed_names_the_puzzle_and_no_seed_draws_one(capsys: pytest.CaptureFixture[str]) -> None:
+    def drawn(*arguments: str) -> str:
+        return str(records(capsys, "--steps", "1", *arguments)[0]["prompt"])
+
+    assert drawn("--seed", "3") == drawn("--seed", "3")
+    assert drawn("--seed", "3") != drawn("--seed", "4")
+    assert len({drawn() for _ in range(3)}) > 1
+
+
+def test_a_full_grid_needs_no_forward(capsys: pytest.CaptureFixture[str]) -> None:
+    (solution,) = (s for _, s in puzzles(9, "test", 1, clues=(40, 40)))
+    assert records(capsys, solution) == [
+        {"prompt": solution, "text": solution, "solved": True, "nfe": 0, "new_tokens": 0}
+    ]
+
+
+def test_on_a_terminal_the_grid_fills_step_by_step(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    paused: list[float] = []
+    monkeypatch.setattr(display.time, "sleep", paused.append)
+    grid = records(capsys, PUZZLE, "--steps", "5")[0]["text"]
+    shown = CONTROL.sub("", out(capsys, PUZZLE, "--steps", "5"))
+    assert [step for step in range(9) if f"step {step} of 5" in shown] == [0, 1, 2, 3, 4, 5]
+    assert sum(paused) == pytest.approx(6)
+    frames = [frame.split("┘")[0] for frame in shown.split("┌")[1:]]
+    assert frames[0].count("·") == 51
+    assert re.sub(r"\D", "", frames[-1]) == grid
+    assert shown.splitlines()[-1] == grid
+    paused.clear()
+    assert "step" not in CONTROL.sub("", out(capsys, PUZZLE, "--steps", "5", "--quiet"))
+    assert not paused
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([""], r"'' has 0 characters: .* solves 9x9 sudoku, 81 characters .* name a model with --model_name_or_path"),
+        ([PUZZLE[:-1]], "has 80 characters"),
+        (["Why is the sky blue?"], "'Why is the sky blue\\?' has 20 characters"),
+        ([PUZZLE.replace("5", "x")], "'x'"),
+        (["5" + PUZZLE[1:9].replace("3", "5") + PUZZLE[9:]], "5"),
+        (["12345678." + "." * 8 + "9" + "." * 63], "has no solution"),
+        ([EASY, PUZZLE + "1"], "has 82 characters"),
+        ([PUZZLE, "--gen_length", "9"], "--gen_length has no meaning for a puzzle"),
+        ([PUZZLE, "--max_new_tokens", "9"], "--gen_length has no meaning for a puzzle"),
+        ([PUZZLE, "--temperature", "-1"], "temperature=-1.0: it is 0 or more"),
+        ([PUZZLE, "--steps", "0"], "steps=0: it is a whole number, at least 1"),
+        ([PUZZLE, "--batch_size", "0"], "--batch_size 0: it is at least 1"),
+        (["--prompts_file", "absent.txt"], "--prompts_file absent.txt cannot be read: .*No such file"),
+        (["--prompts_file", "empty.txt"], "--prompts_file empty.txt holds no prompt"),
+        (["--prompts_file", "latin.txt"], "--prompts_file latin.txt cannot be read: .*utf-8"),
+        (["--prompts_file", "."], "--prompts_file . cannot be read: .*directory"),
+        (["--prompts_file", "-"], "--prompts_file - holds no prompt"),
+        (["--model_name_or_path", "here"], "Give a prompt, or --prompts_file FILE"),
+        (
+            ["--model_name_or_path", "here", "hello", "--block_length", "64", "--gen_length", "32"],
+            "block_length=64 exceeds gen_length=32",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("où".encode("latin-1"))
+    assert main(["generate", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(message, shown.err)
+    assert shown.err.count("\n") == 1
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_name_or_path", "./nowhere"], "There is no model folder './nowhere'"),
+        (
+            ["--model_name_or_path", "builtin:sudoku8"],
+            r"No model 'builtin:sudoku8' ships with dllm\. Did you mean 'sudoku9'",
+        ),
+        (["--dtype", "float23"], r"dtype 'float23' does not exist\. Did you mean 'float32'"),
+        (["--device", "gpu"], "--device gpu is not there: say cuda, mps or cpu"),
+        (["--device", "mps:3"], "--device mps:3 is not there"),
+        (["--gen_length", "1000"], "need 1003 positions, and the model's context is 512"),
+    ],
+)
+def test_what_a_model_cannot_do_is_said(
+    arguments: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "--raw", "--model_name_or_path", model, "word", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.search(message, shown.err), shown.err
+
+
+NOISY = ["--temperature", "1", "--remasking", "random", "--gen_length", "6", "--raw"]
+
+
+def test_the_size_of_a_batch_changes_nothing(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = [text[:length] for length in (4, 11, 30) for text in TEXTS]
+    run = ["--model_name_or_path", model, *NOISY, *prompts, "--batch_size"]
+    expected = records(capsys, *run, "1")
+    assert len({row["text"] for row in expected}) > 3
+    for size in ("2", "4", "100"):
+        assert records(capsys, *run, size) == expected
+
+
+def test_prompts_come_from_words_files_and_standard_input(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--model_name_or_path", model, *NOISY]
+    expected = records(capsys, *run, *TEXTS)
+    assert [row["prompt"] for row in expected] == TEXTS
+    (tmp_path / "prompts.txt").write_text("\n" + "\n\n".join(TEXTS[1:]) + "\n")
+    assert records(capsys, *run, TEXTS[0], "--prompts_file", str(tmp_path / "prompts.txt")) == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(TEXTS)))
+    assert records(capsys, *run, "--prompts_file", "-") == expected
+
+
+def test_the_options_reach_the_sampler(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"steps": 6, "gen_length": 12, "block_length": 4, "temperature": 0.7, "cfg_scale": 0.5, "seed": 5}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    given = ["--model_name_or_path", model, "--raw", "--suppress_eos", "--cfg_keep_tokens", "7", "8"]
+    expected = write(
+        load_model(model), load_tokenizer(model), TEXTS, suppress_eos=True, cfg_keep_tokens=(7, 8), **options
+    )
+    rows = records(capsys, *given, *words, *TEXTS)
+    assert [row["text"] for row in rows] == expected.texts
+    assert [(row["steps"], row["new_tokens"]) for row in rows] == [(6, 12)] * len(TEXTS)
+
+
+def test_a_chat_model_is_asked_in_its_template_unless_raw(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    run = ["--model_name_or_path", model, "--gen_length", "8", "--temperature", "1", TEXTS[2]]
+    options: dict[str, Any] = {"gen_length": 8, "temperature": 1.0}
+    chat = write(loaded, tokenizer, [[{"role": "user", "content": TEXTS[2]}]], **options).texts
+    plain = write(loaded, tokenizer, [TEXTS[2]], **options).texts
+    assert chat != plain
+    assert [row["text"] for row in records(capsys, *run)] == chat
+    assert [row["text"] for row in records(capsys, *run, "--raw")] == plain
+
+
+def test_without_json_prompts_and_answers_stand_below_each_other(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--model_name_or_path", model, *NOISY, "[bold]why", *TEXTS[:1]]
+    rows = records(capsys, *run)
+    assert out(capsys, *run) == "".join(f"> {row['prompt']}\n{row['text']}\n\n" for row in rows)
+
+
+def test_on_a_terminal_one_answer_is_shown_as_it_is_written(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    run = ["--model_name_or_path", model, *NOISY, "--suppress_eos", TEXTS[0]]
+    (row,) = records(capsys, *run)
+    shown = CONTROL.sub("", out(capsys, *run))
+    assert [step for step in range(9) if f"step {step} of 6" in shown] == [0, 1, 2, 3, 4, 5, 6]
+    assert "".join(row["text"].split()) in "".join(shown.rsplit("step 5 of 6", 1)[1].split())
+
+
+def test_the_embedded_model_may_also_be_named_as_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Then it writes text: a grid from its first cells."""
+    folder = Path(load_model("builtin:sudoku9").config.name_or_path)
+    shutil.copytree(folder, tmp_path / "copy")
+    (row,) = records(capsys, "--model_name_or_path", str(tmp_path / "copy"), "--raw", "12345", "--gen_length", "4")
+    assert re.fullmatch(r"[1-9]{4}", row["text"])

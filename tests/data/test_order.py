@@ -1,0 +1,96 @@
+"""The order in which training sees the data, and how its samples are numbered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm.data.order import OrderedDataset
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [{"row": i, "length": 3 + i * 7 % 11} for i in range(count)]
+
+
+def epoch_of(data: OrderedDataset, epoch: int) -> list[dict[str, Any]]:
+    data.set_epoch(epoch)
+    return [data[i] for i in range(len(data))]
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 2**40), st.integers(0, 30))
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone(
+    count: int, group: int, seed: int, epoch: int
+) -> None:
+    data = OrderedDataset(rows(count), seed=seed, group=group)
+    first = epoch_of(data, epoch)
+    assert sorted(row["row"] for row in first) == list(range(count))
+    epoch_of(data, epoch + 1)
+    assert epoch_of(data, epoch) == first
+    other_group = epoch_of(OrderedDataset(rows(count), seed=seed, group=group + 1), epoch)
+    assert [row["row"] for row in other_group] == [row["row"] for row in first]
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    orders = [
+        [row["row"] for row in epoch_of(OrderedDataset(rows(50), seed=seed, group=4), epoch)]
+        for seed in (0, 1)
+        for epoch in (0, 1, 2)
+    ]
+    assert len({tuple(order) for order in orders}) == 6
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_samples_count_through_the_epochs_each_starting_a_step(count: int, group: int) -> None:
+    data = OrderedDataset(rows(count), seed=0, group=group)
+    samples = [[row["sample"] for row in epoch_of(data, epoch)] for epoch in range(4)]
+    steps = -(-count // group)
+    for epoch, of_epoch in enumerate(samples):
+        assert of_epoch == list(range(epoch * steps * group, epoch * steps * group + count))
+    assert len({sample for of_epoch in samples for sample in of_epoch}) == 4 * count
+
+
+def test_evaluation_keeps_the_order_of_the_rows() -> None:
+    data = OrderedDataset(rows(9), seed=0, group=9, shuffle=False)
+    assert [(row["row"], row["sample"]) for row in epoch_of(data, 0)] == [(i, i) for i in range(9)]
+
+
+@given(st.integers(1, 25), st.integers(1, 6), st.integers(0, 3), st.randoms(use_true_random=False))
+def test_pad_to_is_the_longest_of_the_step_in_any_order_of_reading(
+    count: int, group: int, epoch: int, random: Any
+) -> None:
+    # a length that depends on the sample too, as a drawn turn's does
+    def length_of(row: dict[str, Any], sample: int) -> int:
+        return int(row["length"]) + sample % 3
+
+    data = OrderedDataset(rows(count), seed=1, group=group, length_of=length_of)
+    data.set_epoch(epoch)
+    places = list(range(count))
+    random.shuffle(places)
+    seen = {place: data[place] for place in places}
+    for place, row in seen.items():
+        step = [seen[p] for p in range(count) if p // group == place // group]
+        assert row["pad_to"] == max(length_of(other, other["sample"]) for other in step)
+
+
+def test_a_new_epoch_forgets_the_longest_of_the_old_one() -> None:
+    data = OrderedDataset(rows(6), seed=2, group=3, length_of=lambda row, sample: row["length"])
+    for epoch in range(5):
+        for first in (0, 3):
+            step = epoch_of(data, epoch)[first : first + 3]
+            assert {row["pad_to"] for row in step} == {max(row["length"] for row in step)}
+
+
+def test_without_lengths_there_is_no_pad_to() -> None:
+    assert "pad_to" not in OrderedDataset(rows(3), seed=0, group=2)[0]
+
+
+def test_rows_are_not_changed() -> None:
+    source = rows(3)
+    data = OrderedDataset(source, seed=0, group=2, length_of=lambda row, sample: 1)
+    epoch_of(data, 1)
+    assert source == rows(3)
+    with pytest.raises(IndexError):
+        data[3]

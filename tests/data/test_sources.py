@@ -1,0 +1,250 @@
+"""Sources of rows: each kind of file and folder, limits, splits that share nothing, and errors that name the place."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from dllm.data.builtin import builtin_rows
+from dllm.data.sources import load_splits
+from dllm.errors import DataError
+
+TEXTS = [f"document {i}" for i in range(10)]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": question, **more},
+            {"role": "assistant", "content": answer, **more},
+        ]
+    }
+
+
+@pytest.fixture(params=["jsonl", "json", "parquet", "txt", "folder", "saved", "saved splits"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """TEXTS in each form that a source can have."""
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(10))})
+    path = tmp_path / f"rows.{request.param}"
+    if request.param == "jsonl":
+        write_jsonl(path, rows.to_list())
+    elif request.param == "json":
+        path.write_text(json.dumps(rows.to_list()), encoding="utf-8")
+    elif request.param == "parquet":
+        rows.to_parquet(path)
+    elif request.param == "txt":
+        path.write_bytes("\n\n\n".join(TEXTS).encode())
+    elif request.param == "folder":
+        path.mkdir()
+        write_jsonl(path / "train.jsonl", rows.to_list())
+    elif request.param == "saved":
+        rows.save_to_disk(path)
+    else:
+        datasets.DatasetDict(train=rows).save_to_disk(path)
+    return path
+
+
+def test_every_kind_of_source_gives_its_rows_and_one_column(source: Path) -> None:
+    train, test = load_splits(str(source), column="text")
+    assert train.column_names == ["text"]
+    assert train["text"][:] == TEXTS
+    assert test is None
+
+
+@pytest.mark.parametrize(("train", "test"), [(None, 3), (2, 3), (7, 3), (99, 3), (5, 0), (None, 9)])
+def test_test_rows_are_the_last_and_never_trained_on(source: Path, train: int | None, test: int) -> None:
+    limits = f"train:{train},test:{test}" if train else f"test:{test}"
+    train_rows, test_rows = load_splits(f"{source}[{limits}]", column="text")
+    assert train_rows["text"][:] == TEXTS[: 10 - test][:train]
+    assert (test_rows["text"][:] if test_rows else []) == TEXTS[10 - test :]
+
+
+@pytest.mark.parametrize("kind", ["files", "saved"])
+def test_a_folder_with_a_test_split_keeps_it(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "both"
+    if kind == "files":
+        folder.mkdir()
+        (folder / "train.txt").write_text("\n\n".join(TEXTS), encoding="utf-8")
+        write_jsonl(folder / "test.jsonl", [{"text": "unseen"}, {"text": "too"}])
+    else:
+        datasets.DatasetDict(
+            train=datasets.Dataset.from_dict({"text": TEXTS}),
+            test=datasets.Dataset.from_dict({"text": ["unseen", "too"]}),
+            other=datasets.Dataset.from_dict({"label": [1]}),
+        ).save_to_disk(folder)
+    train, test = load_splits(str(folder), column="text")
+    assert (train["text"][:], test["text"][:]) == (TEXTS, ["unseen", "too"])  # type: ignore[index]
+    train, test = load_splits(f"{folder}[train:4,test:1]", column="text")
+    assert (train["text"][:], test["text"][:]) == (TEXTS[:4], ["unseen"])  # type: ignore[index]
+    assert load_splits(f"{folder}[test:0]", column="text")[1] is None
+
+
+@pytest.mark.parametrize("column", ["text", "messages"])
+def test_built_in_rows_are_those_of_the_registry(column: str) -> None:
+    train, test = load_splits("builtin:addition[train:30,test:7]", column=column)
+    assert train.to_list() == builtin_rows("addition", "train", 30, column=column)
+    assert test is not None
+    assert test.to_list() == builtin_rows("addition", "test", 7, column=column)
+    assert load_splits("builtin:addition[train:3,test:0]", column=column)[1] is None
+
+
+def test_several_sources_are_joined_in_order_each_with_its_limits(tmp_path: Path) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [{"text": text} for text in TEXTS])
+    two = tmp_path / "two.txt"
+    two.write_text("first\nline\n\nsecond", encoding="utf-8")
+    train, test = load_splits(f"{one}[train:2,test:1] + {two} + builtin:addition[train:1,test:1]", column="text")
+    sums = {split: builtin_rows("addition", split, 1, column="text")[0]["text"] for split in ("train", "test")}
+    assert train["text"][:] == [*TEXTS[:2], "first\nline", "second", sums["train"]]
+    assert test["text"][:] == [TEXTS[9], sums["test"]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_conversations_with_other_keys_are_joined(tmp_path: Path, kind: str) -> None:
+    rows = [chat("a", "b", name="someone"), chat("c", "d", name="other")]
+    path = tmp_path / f"named.{kind}"
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    train, _ = load_splits(f"{path} + builtin:addition[train:1,test:0]", column="messages")
+    sums = builtin_rows("addition", "train", 1, column="messages")
+    assert train.to_list() == [chat("a", "b"), chat("c", "d"), *sums]
+
+
+def test_columns_of_different_kinds_are_not_joined(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
+    with pytest.raises(DataError, match=r"cannot be joined: their column 'text' is .*int64.* and .*string"):
+        load_splits(f"{tmp_path}/numbers.parquet + builtin:addition[train:1]", column="text")
+
+
+def test_a_column_of_another_name_is_used_and_the_others_are_left_out(tmp_path: Path) -> None:
+    rows = [{"body": text, "text": "wrong"} for text in TEXTS]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    for file in (path, tmp_path / "a.parquet"):
+        train, _ = load_splits(str(file), column="text", source_column="body")
+        assert train[:] == {"text": TEXTS}
+
+
+def test_rows_may_differ_in_columns_that_are_not_used(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "id": 1}, {"text": "b"}, {"id": "x", "text": "c", "z": []}])
+    assert load_splits(str(path), column="text")[0]["text"][:] == ["a", "b", "c"]
+
+
+def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
+    for text in ("before", "after!"):  # of one length: only the time tells them apart
+        path = write_jsonl(tmp_path / "same.jsonl", [{"text": text}])
+        assert load_splits(str(path), column="text")[0]["text"][:] == [text]
+
+
+def test_windows_files_are_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n')
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\nlines\r\n")
+    assert load_splits(f"{tmp_path}/a.jsonl", column="text")[0]["text"][:] == ["one", "two"]
+    assert load_splits(f"{tmp_path}/a.txt", column="text")[0]["text"][:] == ["one", "two\nlines"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n\n{"text": "b"\n',
+            "a.jsonl, line 3: not JSON (Expecting ',' delimiter at column 1)",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n' * 3000 + b"{broken}\n", "a.jsonl, line 3001: not JSON (Expecting property name"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "a.jsonl, line 2: a row is an object like {...}, not '[\"b\"]'"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n' * 3000 + b'{"text": "\xff"}',
+            "a.jsonl, line 3001: not UTF-8 text (invalid start",
+        ),
+        ("a.txt", b"one\n\n\xfe\n", "a.txt, line 3: not UTF-8 text (invalid start byte). Save the file as UTF-8."),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"txt": "b", "id": 1}\n',
+            "a.jsonl, line 2: there is no column 'text'; the row has txt,",
+        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 7}\n', "a.jsonl, line 2: 'text' is '7', and it has to be a string."),
+        ("a.jsonl", b"", "a.jsonl is empty."),
+        ("a.txt", b"", "a.txt is empty."),
+        ("a.parquet", b"", "a.parquet is empty."),
+        ("a.jsonl", b"\n \n", "a.jsonl has no rows."),
+        ("a.txt", b"\n\n", "a.txt has no rows."),
+        ("a.json", b"[]", "a.json has no rows."),
+        ("a.json", b'{"text": "a"}', "a.json is not a list of objects. For one object a line, name the file .jsonl."),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', "a.json is not JSON: Extra data"),
+        ("a.parquet", b"PAR1 and no more", "a.parquet is not a readable parquet file: "),
+        ("a.csv", b"a,b", "a.csv: dllm reads .jsonl, .json, .parquet, .txt, not .csv."),
+        ("rows", b"a,b", "rows: dllm reads .jsonl, .json, .parquet, .txt, not a file without an ending."),
+    ],
+)
+def test_an_unreadable_file_is_named_with_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_splits(str(tmp_path / name), column="text")
+
+
+def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:
+    datasets.Dataset.from_dict({"body": ["a"], "id": [1]}).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(
+        DataError, match=r"a.parquet: the train rows have no column 'text'; they have body, id. Name the"
+    ):
+        load_splits(f"{tmp_path}/a.parquet", column="text")
+    with pytest.raises(
+        DataError, match=r"no column 'turns'; they have body, id. Name the right one with --messages_col"
+    ):
+        load_splits(f"{tmp_path}/a.parquet", column="messages", source_column="turns")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], "has no train file: name it train.jsonl, train.parquet or train.txt."),
+        (["test.jsonl"], "has no train file"),
+        (["train.jsonl", "train.txt"], "has train.jsonl and train.txt: keep one file for train."),
+    ],
+)
+def test_a_folder_without_one_train_file_is_refused(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        write_jsonl(tmp_path / name, [{"text": "a"}])
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_splits(str(tmp_path), column="text")
+
+
+def test_a_saved_data_set_without_a_train_split_is_refused(tmp_path: Path) -> None:
+    datasets.DatasetDict(validation=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "saved")
+    with pytest.raises(DataError, match="saved has no split named train: rename the one to train on"):
+        load_splits(str(tmp_path / "saved"), column="text")
+
+
+def test_limits_that_leave_nothing_are_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    with pytest.raises(DataError, match=r"has 10 rows in one split: test:10 leaves none to train on. Ask for fewer."):
+        load_splits(f"{path}[test:10]", column="text")
+
+
+def test_what_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"There is no file .*/a.jsonl. Check the path; it is taken from /"):
+        load_splits(f"{tmp_path}/a.jsonl", column="text")
+    with pytest.raises(DataError, match=r"there is no built-in data set 'txt'. Did you mean 'text'\?"):
+        load_splits("builtin:txt", column="text")
+    with pytest.raises(DataError, match=r"builtin:text has no column 'messages': it has 'text'"):
+        load_splits("builtin:text", column="messages")
+
+
+@pytest.mark.parametrize("limits", ["", "[train:5,test:2]"])
+def test_a_hub_id_without_a_network_says_so(limits: str) -> None:
+    message = "'nobody/nothing' is no file or folder here, and loading it from the hub failed: HF_HUB_OFFLINE is set. "
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_splits(f"nobody/nothing{limits}", column="text")

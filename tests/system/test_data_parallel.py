@@ -1,0 +1,96 @@
+"""One process, two processes and two accumulation steps of one global batch are one training run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from system.workshop import CPU_CONFIG, make_workshop, run, save_tiny_model
+
+from dllm.pipelines.llada import load_model
+from dllm.training.callbacks import read_log
+
+pytestmark = pytest.mark.system
+
+STEPS, GLOBAL_BATCH = 6, 8
+LAYOUTS = {"one process": (1, 8, 1), "two processes": (2, 4, 1), "two accumulation steps": (1, 4, 2)}
+"""Processes, samples of each, accumulation steps."""
+COMMON = (
+    f"--max_steps {STEPS} --logging_steps 1 --bf16 false --eval_strategy steps --eval_steps 3 "
+    "--per_device_eval_batch_size 3 --learning_rate 3e-3 --warmup_steps 2"
+)
+TASKS = {
+    # 20 rows are 2.5 steps, so that the runs cross the end of an epoch and meet a short batch; half the steps are cut
+    "pt": '--dataset_args "builtin:sudoku6[train:20,test:7]" --max_length 37 --random_length 0.5',
+    "sft": '--dataset_args "builtin:addition[train:20,test:7]" --max_length 64',
+}
+
+
+class Run(NamedTuple):
+    shown: str
+    log: list[dict[str, Any]]
+    weights: torch.Tensor
+
+
+Runs = dict[str, Run]
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in load_model(str(folder)).parameters()])
+
+
+@pytest.fixture(scope="module", params=list(TASKS))
+def task(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(make_workshop(tmp_path_factory.mktemp("parallel")) / "base")
+
+
+@pytest.fixture(scope="module")
+def runs(task: str, base: Path) -> Runs:
+    done = {}
+    for name, (processes, batch, accumulated) in LAYOUTS.items():
+        assert processes * batch * accumulated == GLOBAL_BATCH
+        launcher = "python" if processes == 1 else f"accelerate launch --config_file {CPU_CONFIG}"
+        out = f"{task}-{processes}-{accumulated}"
+        shown = run(
+            f"{launcher} examples/llada/{task}.py --model_name_or_path base {TASKS[task]} {COMMON} --output_dir {out} "
+            f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulated}",
+            base.parent,
+        )
+        folder = base.parent / out
+        done[name] = Run(shown, read_log(folder / "log.jsonl"), weights(folder / "checkpoint-final"))
+    return done
+
+
+def test_the_layouts_are_what_they_say(runs: Runs) -> None:
+    for name, (processes, batch, accumulated) in LAYOUTS.items():
+        said = f"a step is {processes} process{'es' * (processes > 1)} x {batch} samples x {accumulated} accumulated; "
+        assert said + ("MULTI_CPU, fp32 on cpu" if processes > 1 else "fp32 on cpu") in runs[name].shown
+
+
+@pytest.mark.parametrize("key", ["loss", "grad_norm", "eval_loss", "learning_rate"])
+def test_the_logs_agree(runs: Runs, key: str) -> None:
+    first, *others = ([(row["step"], row[key]) for row in run.log if key in row] for run in runs.values())
+    steps = [step for step, _ in first]
+    assert steps == ([3, 6] if key == "eval_loss" else list(range(1, STEPS + 1)))
+    assert len({value for _, value in first}) > 1
+    for other in others:
+        assert [step for step, _ in other] == steps
+        # fp32 sums in another order: a few units of 6e-8 times the thousand or so terms
+        assert [value for _, value in other] == pytest.approx([value for _, value in first], rel=2e-5)
+
+
+def test_the_weights_agree(runs: Runs, base: Path) -> None:
+    first, *others = (run.weights for run in runs.values())
+    moved = (first - weights(base)).norm()
+    assert moved > 0.05
+    for other in others:
+        # AdamW divides a gradient by its own size, so where one is near nothing rounding shows
+        assert (other - first).norm() < 2e-3 * moved

@@ -1,0 +1,136 @@
+"""A run that is stopped, politely or not, goes on as if nothing had been: the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from system.workshop import BIN, environment, run
+
+from dllm.training.callbacks import read_log
+
+pytestmark = pytest.mark.system
+
+STEPS = 300
+# 20 steps an epoch: the stop falls in the middle of one. Both optimisers' states have to come back.
+COMMAND = [
+    *(str(BIN / "dllm"), "pretrain", "--model_name_or_path", "tiny"),
+    *("--config_overrides", "n_layers=2,d_model=64,mlp_hidden_size=128", "--optimizer", "muon"),
+    *("--dataset_args", "builtin:sudoku6[train:160,test:8]", "--max_length", "37", "--random_length", "0.3"),
+    *("--max_steps", str(STEPS), "--logging_steps", "1", "--resume_from_checkpoint", "auto", "--output_dir"),
+]
+
+
+def start(out: Path, *options: str) -> subprocess.Popen[str]:
+    """Starts training; its outputs go to a file, for a full pipe would hold it up."""
+    with out.with_suffix(".out").open("w") as shown:
+        # a session of its own, as a terminal gives: the signal must not reach this test
+        return subprocess.Popen(
+            [*COMMAND, str(out), *options],
+            stdin=subprocess.DEVNULL,
+            stdout=shown,
+            stderr=subprocess.STDOUT,
+            env=environment(),
+            start_new_session=True,
+            text=True,
+        )
+
+
+def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    log = out / "log.jsonl"
+    while process.poll() is None:
+        if log.exists() and any(row["step"] >= step for row in read_log(log)):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"ended with {process.returncode}\n" + out.with_suffix(".out").read_text())
+
+
+def checkpoints(out: Path) -> list[int]:
+    return sorted(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*[0-9]"))
+
+
+def final_weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoint-final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run([*COMMAND, str(out)], out.parent)
+    return out
+
+
+def assert_is_the_uninterrupted_run(out: Path, uninterrupted: Path) -> None:
+    weights, expected = final_weights(out), final_weights(uninterrupted)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    logs = [read_log(folder / "log.jsonl") for folder in (out, uninterrupted)]
+    assert len(logs[1]) > STEPS
+    for key in ("step", "tokens", "loss", "eval_loss"):
+        mine, theirs = ([row[key] for row in log if key in row and "train_loss" not in row] for log in logs)
+        assert mine == theirs, key
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    number: signal.Signals, code: int, uninterrupted: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start(out)
+    wait_for_step(process, out, 25)
+    process.send_signal(number)
+    assert process.wait(timeout=120) == code
+    shown = out.with_suffix(".out").read_text()
+    (stopped,) = checkpoints(out)
+    assert 25 <= stopped < STEPS
+    assert f"{number.name}: saving a checkpoint after this step" in shown
+    assert f"Stopped at step {stopped}. Go on with the same command and --resume_from_checkpoint auto" in shown
+    assert "Traceback" not in shown
+    assert not (out / "checkpoint-final").exists()
+
+    run([*COMMAND, str(out)], tmp_path)
+    assert_is_the_uninterrupted_run(out, uninterrupted)
+
+
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options = ("--save_steps", "30")
+    process = start(out, *options)
+    wait_for_step(process, out, 100)
+    process.kill()
+    assert process.wait(timeout=120) == -signal.SIGKILL
+    assert checkpoints(out)[-1] >= 90
+    # what a kill in the middle of saving leaves: the weights are written first, and nothing says that the folder is whole
+    torn = out / f"checkpoint-{STEPS - 1}"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"half a file")
+
+    shown = run([*COMMAND, str(out), *options], tmp_path)
+    assert shown.count("step 20/") == 0, "it began anew"
+    assert_is_the_uninterrupted_run(out, uninterrupted)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    # steps of many seconds each: the second signal arrives before the first one's step ends
+    big = ("--per_device_train_batch_size", "1000", "--gradient_accumulation_steps", "20")
+    process = start(out, *big, "--dataset_args", "builtin:sudoku6[train:20_000]")
+    shown = out.with_suffix(".out")
+
+    def wait_for(text: str) -> None:
+        while process.poll() is None and text not in shown.read_text():
+            time.sleep(0.02)
+
+    wait_for("a step is")
+    time.sleep(1)  # the handler is installed soon after that line; without it the test would pass as well
+    process.send_signal(signal.SIGINT)
+    wait_for("SIGINT: saving a checkpoint")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130
+    assert "dllm pretrain: stopped." in shown.read_text()
+    assert checkpoints(out) == []

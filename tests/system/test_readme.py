@@ -1,0 +1,155 @@
+"""Every command and every line of Python in README.md, run as it stands; those for 8 GPUs with small names in place of big."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from system.workshop import (
+    CPU_CONFIG,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    make_workshop,
+    marked,
+    run,
+    save_tiny_model,
+    write_jsonl,
+)
+
+from dllm.data.builtin import builtin_rows
+from dllm.pipelines.llada import load_model, load_tokenizer
+from dllm.training.callbacks import read_log
+
+pytestmark = pytest.mark.system
+
+README = ROOT / "README.md"
+NOT_RUN = {
+    "make demo": "installs, then runs `dllm demo`, which test_demo.py runs",
+    "make test": "would run this test again",
+    "pip install -e .": "installs; its second line is run below",
+}
+
+# What stands in place of what is too big. Folders that a command writes, and a later one reads, keep their names.
+MODELS = {"GSAI-ML/LLaDA-8B-Base": "tiny-base", "GSAI-ML/LLaDA-8B-Instruct": "tiny-instruct"}
+DATA = {
+    "allenai/tulu-3-sft-mixture[train:10000,test:1000]": "conversations.jsonl[train:40,test:8]",
+    "mlfoundations/dclm-baseline-1.0[train:10_000_000,test:10_000]": "documents.jsonl[train:1_50,test:1_0]",
+}
+# 8 GPUs, 10,000 steps: two processes of this processor, and 4 steps
+OTHER = {"scripts/accelerate_configs/ddp.yaml": CPU_CONFIG}
+STEPS = {"10000": "4"}
+
+
+def substituted(words: list[str]) -> list[str]:
+    tables = {"--model_name_or_path": MODELS, "--dataset_args": DATA, "--config_file": OTHER, "--max_steps": STEPS}
+    return [words[0]] + [tables.get(option, {}).get(word, word) for option, word in itertools.pairwise(words)]
+
+
+def seed_commands() -> list[list[str]]:
+    return [words for block in marked(README, "seed") for words in commands(block)]
+
+
+def test_every_block_is_run_or_listed() -> None:
+    shown = [block for block in blocks(README) if block.language in ("bash", "python")]
+    assert {block.language for block in blocks(README)} <= {"bash", "python", ""}
+    left = [block for block in shown if block.marker is None]
+    starts = [next((start for start in NOT_RUN if block.text.startswith(start)), None) for block in left]
+    assert None not in starts, "mark the block with <!-- test: run -->, or list it in NOT_RUN"
+    assert sorted(map(str, starts)) == sorted(NOT_RUN)
+    assert len(left) < len(shown)
+    assert {block.marker for block in shown} == {None, "run", "seed"}
+    assert [block.language for block in shown if block.marker == "run"] == ["bash", "python"]
+    assert len(seed_commands()) == 4
+
+
+def test_every_big_name_has_a_small_one() -> None:
+    given = {word for words in seed_commands() for word in words if "/" in word}
+    for table in (MODELS, DATA, OTHER):
+        assert set(table) <= given, "a name in this file that README.md does not show any more"
+    used = {word for words in seed_commands() for word in substituted(words)}
+    assert not used & {*MODELS, *DATA, *OTHER}
+
+
+@pytest.mark.parametrize("block", marked(README, "run"), ids=lambda block: f"line {block.line}")
+def test_commands_run_as_they_stand(block: Block, tmp_path: Path) -> None:
+    shown = run(block.text, make_workshop(tmp_path))
+    assert "Saved the model and its tokenizer to models/text/checkpoint-final" in shown
+    assert "Saved the model and its tokenizer to models/addition/checkpoint-final" in shown
+    assert "Traceback" not in shown
+    assert "Warning" not in shown
+
+
+def test_generate_alone_shows_a_grid(tmp_path: Path) -> None:
+    (first,) = [block for block in blocks(README) if block.text.startswith("pip install -e .")]
+    words = commands(first)[1]
+    assert words == ["dllm", "generate"]
+    shown = run(words, tmp_path)
+    assert shown.count("│") == 9 * 4
+    assert not list(tmp_path.iterdir())
+
+
+def test_python_runs_as_it_stands(tmp_path: Path) -> None:
+    (block,) = marked(README, "run", "python")
+    continued, infilled = run(["python", "-c", block.text], tmp_path).splitlines()[-2:]
+    assert continued.startswith("['")
+    assert infilled.startswith("['123456789456789123")
+    assert "mask" not in infilled
+
+
+@pytest.fixture(scope="module")
+def seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The commands for 8 GPUs, run in README's order with small models and data: the folder, and what each printed."""
+    folder = make_workshop(tmp_path_factory.mktemp("seeds"))
+    documents = builtin_rows("text", "train", 160, column="text")
+    texts = [row["text"] for row in documents]
+    write_jsonl(folder / "documents.jsonl", documents)
+    write_jsonl(folder / "conversations.jsonl", builtin_rows("addition", "train", 48, column="messages"))
+    for name in MODELS.values():
+        save_tiny_model(folder / name, texts=texts, context=1024)
+    return folder, [run(substituted(words), folder) for words in seed_commands()]
+
+
+def test_the_8_gpu_commands_end_with_a_checkpoint(seeds: tuple[Path, list[str]]) -> None:
+    folder, shown = seeds
+    trainings = [words for words in seed_commands() if words[:2] == ["accelerate", "launch"]]
+    assert len(trainings) == 3
+    for words, printed in zip(trainings, shown, strict=False):
+        assert "2 processes" in printed
+        assert "MULTI_CPU" in printed
+        made = folder / words[words.index("--output_dir") + 1]
+        final = made / "checkpoint-final"
+        assert load_tokenizer(str(final)).mask_token_id == load_model(str(final)).config.mask_token_id
+        assert not [path.name for path in final.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        losses = [row["loss"] for row in read_log(made / "log.jsonl") if "loss" in row]
+        losses += [row["eval_loss"] for row in read_log(made / "log.jsonl") if "eval_loss" in row]
+        assert losses
+        assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_fine_tuning_starts_from_the_weights_and_pretraining_from_fresh_ones(seeds: tuple[Path, list[str]]) -> None:
+    folder, _ = seeds
+    sft, pt, second_sft = (words[words.index("--output_dir") + 1] for words in seed_commands()[:3])
+
+    def weights(path: str) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in load_model(str(folder / path)).parameters()])
+
+    def apart(a: str, b: str) -> float:
+        return float((weights(a) - weights(b)).norm() / weights(b).norm())
+
+    base, pretrained = MODELS["GSAI-ML/LLaDA-8B-Base"], f"{pt}/checkpoint-final"
+    assert 0 < apart(f"{sft}/checkpoint-final", base) < 0.1
+    assert 0 < apart(f"{second_sft}/checkpoint-final", pretrained) < 0.1
+    assert apart(pretrained, base) > 0.5
+
+
+def test_the_sampling_command_answers_and_fills_blanks(seeds: tuple[Path, list[str]]) -> None:
+    _, shown = seeds
+    assert shown[-1].count("\n  -> ") == 4
+    assert "batch of prompts" in shown[-1]
+    assert "The capital of France is __, and the capital of Italy is __." in shown[-1]
+    assert "<|mdm_mask|>" not in shown[-1]

@@ -1,0 +1,91 @@
+"""Where the system tests work: a folder that looks like a checkout, commands in it, and the commands that the READMEs show."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dllm.pipelines.llada import fresh_model
+from dllm.pipelines.llada.tokenizer import bpe_tokenizer, char_tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+CPU_CONFIG = "scripts/accelerate_configs/cpu.yaml"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a Markdown file."""
+
+    language: str
+    marker: str | None
+    """What `<!-- test: MARKER -->` on the line above the fence says."""
+    text: str
+    line: int
+
+
+def blocks(path: Path) -> list[Block]:
+    pattern = re.compile(r"(?:^<!-- test: (\w+) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    text = path.read_text(encoding="utf-8")
+    found = pattern.finditer(text)
+    return [Block(m[2], m[1], m[3], text.count("\n", 0, m.start(3)) + 1) for m in found]
+
+
+def marked(path: Path, marker: str, language: str = "bash") -> list[Block]:
+    return [block for block in blocks(path) if (block.marker, block.language) == (marker, language)]
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each command of a bash block: lines joined where a backslash ends them, quotes undone."""
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def make_workshop(folder: Path) -> Path:
+    """A folder from which the scripts are reachable under the names that the READMEs use."""
+    for name in ("examples", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    """This environment's commands come first on PATH, as after `source .venv/bin/activate`."""
+    return {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def run(command: list[str] | str, cwd: Path, *, code: int = 0) -> str:
+    """Runs words, or a bash script, to its end; both of its outputs. It has to end with `code`."""
+    words = ["bash", "-euo", "pipefail", "-c", command] if isinstance(command, str) else command
+    done = subprocess.run(
+        words,
+        cwd=cwd,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, f"{command} ended with {done.returncode}\n{done.stdout}"
+    return done.stdout
+
+
+def save_tiny_model(folder: Path, *, texts: list[str] | None = None, context: int = 128) -> Path:
+    """A checkpoint folder as the hub has them, very small: fresh weights, and a tokenizer (BPE where texts are given)."""
+    tokenizer = char_tokenizer() if texts is None else bpe_tokenizer(texts, 512)
+    model = fresh_model("tiny", tokenizer, "n_layers=2,d_model=64,mlp_hidden_size=128", context)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path

@@ -1,0 +1,156 @@
+"""The log that plots are made from, the lines that are shown, and a stop that loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from dllm.training.callbacks import JsonLog, StopOnSignal, log_line, read_log
+
+
+def state(step: int, first: bool = True) -> TrainerState:
+    return TrainerState(global_step=step, is_world_process_zero=first)
+
+
+@pytest.fixture
+def args(tmp_path: Path) -> TrainingArguments:
+    return TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+
+
+class Run:
+    """A run that logs what it is told, without a model."""
+
+    def __init__(self, args: TrainingArguments, begin: int = 0) -> None:
+        self.args, self.tokens = args, 0
+        self.log = JsonLog(lambda: self.tokens)
+        self.log.on_train_begin(args, state(begin), TrainerControl())
+
+    def step(self, step: int, **logs: Any) -> None:
+        self.tokens += 100
+        if logs:
+            self.log.on_log(self.args, state(step), TrainerControl(), logs=logs)
+
+
+def steps_and_tokens(args: TrainingArguments) -> list[tuple[int, int]]:
+    return [(row["step"], row["tokens"]) for row in read_log(Path(str(args.output_dir)) / "log.jsonl")]
+
+
+def test_a_line_is_what_was_logged_with_step_tokens_and_seconds(args: TrainingArguments) -> None:
+    run = Run(args)
+    run.step(1)
+    run.step(2, loss=2.5, epoch=0.5)
+    (row,) = read_log(Path(str(args.output_dir)) / "log.jsonl")
+    assert row.pop("seconds") >= 0
+    assert row == {"step": 2, "tokens": 200, "loss": 2.5, "epoch": 0.5}
+
+
+def test_a_resumed_run_goes_on_counting_and_drops_what_came_after(args: TrainingArguments) -> None:
+    before = Run(args)
+    for step in range(1, 6):
+        before.step(step, loss=1.0 / step)
+    resumed = Run(args, begin=3)
+    for step in range(4, 6):
+        resumed.step(step, loss=1.0 / step)
+    assert steps_and_tokens(args) == [(step, 100 * step) for step in range(1, 6)]
+
+
+def test_seconds_go_on_too(args: TrainingArguments) -> None:
+    path = Path(str(args.output_dir)) / "log.jsonl"
+    path.write_text(json.dumps({"step": 3, "tokens": 5, "seconds": 1000.0, "loss": 1.0}) + "\n")
+    Run(args, begin=3).step(4, loss=0.5)
+    assert read_log(path)[1]["seconds"] >= 1000
+
+
+def test_the_summary_of_a_stopped_run_is_dropped_and_nothing_is_written_twice(args: TrainingArguments) -> None:
+    stopped = Run(args)
+    stopped.step(1, loss=1.0)
+    stopped.log.on_log(args, state(1), TrainerControl(), logs={"eval_loss": 0.5, "eval_runtime": 1.0})
+    stopped.log.on_log(args, state(1), TrainerControl(), logs={"train_runtime": 3.0, "train_loss": 1.0})
+    resumed = Run(args, begin=1)
+    resumed.log.on_log(args, state(1), TrainerControl(), logs={"eval_loss": 0.5, "eval_runtime": 2.0})
+    resumed.step(2, loss=0.9)
+    rows = read_log(Path(str(args.output_dir)) / "log.jsonl")
+    assert [sorted({"loss", "eval_loss", "train_loss"} & set(row))[0] for row in rows] == ["loss", "eval_loss", "loss"]
+    assert [row["tokens"] for row in rows] == [100, 100, 200]
+
+
+def test_a_new_run_starts_a_new_log(args: TrainingArguments) -> None:
+    Run(args).step(5, loss=1.0)
+    Run(args).step(1, loss=2.0)
+    assert steps_and_tokens(args) == [(1, 100)]
+
+
+def test_a_half_written_last_line_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    assert read_log(tmp_path / "log.jsonl") == [{"step": 1, "loss": 2.0}]
+
+
+def test_only_the_first_process_writes(args: TrainingArguments, tmp_path: Path) -> None:
+    log = JsonLog(lambda: 0)
+    log.on_train_begin(args, state(0, first=False), TrainerControl())
+    log.on_log(args, state(1, first=False), TrainerControl(), logs={"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("save", [True, False])
+def test_there_is_a_line_at_every_checkpoint(args: TrainingArguments, save: bool) -> None:
+    control = TrainerControl(should_save=save)
+    JsonLog(lambda: 0).on_step_end(args, state(3), control)
+    assert control.should_log is save
+
+
+@pytest.mark.parametrize(
+    ("logs", "line"),
+    [
+        ({"loss": 2.0, "grad_norm": 0.5, "learning_rate": 1e-4}, "step 3/9  loss 2.0000  gradient 0.5  rate 0.0001"),
+        ({"eval_loss": 1.25, "eval_runtime": 1.0}, "step 3/9  loss 1.2500 on unseen rows"),
+        ({"train_loss": 1.5, "train_runtime": 2.0}, "step 3/9  trained in 2.0 s, mean loss 1.5000"),
+    ],
+)
+def test_a_shown_line_says_in_words_what_was_logged(logs: dict[str, float], line: str) -> None:
+    assert log_line(3, 9, logs) == line
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves(
+    args: TrainingArguments, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(number)
+    stop = StopOnSignal()
+    stop.on_train_begin(args, state(0), TrainerControl())
+    try:
+        control = stop.on_step_end(args, state(1), TrainerControl())
+        assert not control.should_save
+        assert not control.should_training_stop
+        os.kill(os.getpid(), number)
+        control = stop.on_step_end(args, state(2), TrainerControl())
+        assert control.should_save
+        assert control.should_training_stop
+        assert stop.received == number
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    finally:
+        stop.restore()
+    assert signal.getsignal(number) is before
+    assert f"{number.name}: saving a checkpoint after this step" in capsys.readouterr().out
+
+
+def test_signals_are_given_back_once(args: TrainingArguments) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    stop = StopOnSignal()
+    stop.on_train_begin(args, state(0), TrainerControl())
+    assert signal.getsignal(signal.SIGINT) is not before
+    stop.on_train_end(args, state(1), TrainerControl())
+    assert signal.getsignal(signal.SIGINT) is before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stop.restore()  # nothing is left to give back
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

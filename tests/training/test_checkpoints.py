@@ -1,0 +1,96 @@
+"""Which checkpoints are whole, whatever a killed process, a full disk or a broken copy left of them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dllm.training.checkpoints import SEAL, fault, last_whole, no_room, seal
+
+FILES = {"model.safetensors": 900, "optimizer.pt": 1500, "trainer_state.json": 20, "global_step2/rank_0.pt": 300}
+
+
+def make_checkpoint(folder: Path, sealed: bool = True) -> Path:
+    for name, size in FILES.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(bytes(size))
+    if sealed:
+        seal(folder)
+    return folder
+
+
+def test_a_sealed_checkpoint_is_whole(tmp_path: Path) -> None:
+    assert fault(make_checkpoint(tmp_path)) is None
+    seal(tmp_path)  # once more changes nothing
+    assert fault(tmp_path) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([SEAL, *{name.split("/")[0] for name in FILES}])
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("keep", [None, 0, 19])
+def test_a_file_that_is_gone_or_cut_is_found(tmp_path: Path, name: str, keep: int | None) -> None:
+    make_checkpoint(tmp_path)
+    if keep is None:
+        (tmp_path / name).unlink()
+        assert fault(tmp_path) == f"{name} is not there"
+    else:
+        os.truncate(tmp_path / name, keep)
+        assert fault(tmp_path) == f"{name} has {keep} bytes and was saved with {FILES[name]:,}"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"model.safetens'])
+def test_a_checkpoint_without_a_whole_seal_is_not_whole(tmp_path: Path, content: str | None) -> None:
+    make_checkpoint(tmp_path, sealed=False)
+    if content is not None:
+        (tmp_path / SEAL).write_text(content)
+    assert fault(tmp_path) == "files.json, which is written last, is not there"
+
+
+def test_the_last_whole_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
+    assert last_whole(tmp_path) is None
+    for step in (9, 10, 100):
+        make_checkpoint(tmp_path / f"checkpoint-{step}")
+    for name in ("checkpoint-final", "checkpoint-200.old", "other"):
+        make_checkpoint(tmp_path / name)
+    (tmp_path / "checkpoint-300").write_text("a file")
+    make_checkpoint(tmp_path / "checkpoint-400", sealed=False)
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-100"
+    (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
+    assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "safetensors": lambda path: save_file({"x": torch.zeros(100_000)}, path),
+    "torch": lambda path: torch.save({"x": torch.zeros(100_000)}, path),
+    "python": lambda path: path.write_bytes(bytes(400_000)),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_write_for_which_there_is_no_room_is_known_whoever_writes(tmp_path: Path, writer: str) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(Exception, match=r"File too large|inline_container") as caught:
+            WRITERS[writer](tmp_path / "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert no_room(caught.value)
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(RuntimeError) as caught:
+        torch.load(tmp_path / "x.pt", weights_only=True)
+    assert not no_room(caught.value)
+    assert not no_room(PermissionError(errno.EACCES, "no"))
+    assert not no_room(ValueError("loss is not finite"))
+    assert no_room(OSError(errno.ENOSPC, "No space left on device"))
+    assert no_room(OSError(errno.EDQUOT, "Disk quota exceeded"))
