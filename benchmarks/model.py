@@ -57,7 +57,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    lines = ["| shape | dtype | padding | pass | ours, ms | plain, ms | plain / ours |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| shape | dtype | padding | pass | ours, ms | plain, ms | plain / ours |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, config in SHAPES.items():
         for dtype in arguments.dtypes:
             kind, plain = (LLaDAModelLM, dense_logits) if name == "dense" else (LLaDAMoEModelLM, moe_logits)

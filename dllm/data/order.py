@@ -20,6 +20,9 @@ class OrderedDataset(Dataset[dict[str, Any]]):
     epochs, each epoch starting at a multiple of `group`, so that a step's samples are one group of the corruption plan.
     The data loader reads positions in sequence (no shuffling sampler), on any number of processes.
 
+    An epoch is a whole number of steps: the last one is filled up with rows from the epoch's beginning, as samples of their
+    own. Several processes would otherwise fill it up themselves, with rows that one process does not see there.
+
     Args:
         rows: indexable by integers, with a length.
         seed: of the shuffle.
@@ -43,6 +46,7 @@ class OrderedDataset(Dataset[dict[str, Any]]):
         self.group = group
         self.shuffle = shuffle
         self.length_of = length_of
+        self._steps = -(-len(rows) // group)  # of an epoch
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,21 +58,24 @@ class OrderedDataset(Dataset[dict[str, Any]]):
         self._longest = (-1, 0)  # (first position of a step, its longest row)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self._steps * self.group
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        if not 0 <= position < len(self):
+            raise IndexError(position)
         row = {**self._row(position), "sample": self._sample(position)}
         if self.length_of is not None:
             first = position - position % self.group
             if self._longest[0] != first:
-                step = range(first, min(first + self.group, len(self)))
+                step = range(first, first + self.group)
                 self._longest = (first, max(self.length_of(self._row(p), self._sample(p)) for p in step))
             row["pad_to"] = self._longest[1]
         return row
 
     def _row(self, position: int) -> dict[str, Any]:
+        position %= len(self.rows)
         row: dict[str, Any] = self.rows[position if self._order is None else int(self._order[position])]
         return row
 
     def _sample(self, position: int) -> int:
-        return self.epoch * -(-len(self.rows) // self.group) * self.group + position
+        return self.epoch * len(self) + position

@@ -22,7 +22,7 @@ class ModelArguments:
 
     model_name_or_path: str = _help(
         "Folder, hub id, or builtin:NAME of a checkpoint. Pretraining takes its configuration and tokenizer and starts from "
-        "fresh weights (see --continue_from_weights), and also takes a preset: tiny, small, 50m, 1b, 8b.",
+        "fresh weights (see --continue_from_weights), and also takes a preset: tiny, small, 50m, 1b, 8b, moe-tiny, moe-7b.",
         default="tiny",
     )
     tokenizer_name_or_path: str | None = _help(

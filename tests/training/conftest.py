@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
+from training.commands import PRETRAIN, Done
 
 from dllm.data.builtin import builtin_rows
 from dllm.data.maps import pretraining_rows, sft_rows
+from dllm.pipelines import llada
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
 from dllm.pipelines.llada.tokenizer import char_tokenizer
@@ -97,3 +100,18 @@ def tokenizer() -> Any:
 @pytest.fixture
 def model() -> LLaDAModelLM:
     return tiny_model()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """A run of 4 steps with checkpoints 2 and 4; not to be changed."""
+    output = tmp_path_factory.mktemp("pretrained") / "run"
+    return Done(output, llada.pretrain([*PRETRAIN, "--output_dir", str(output)]))
+
+
+@pytest.fixture
+def copied(pretrained: Done, tmp_path: Path) -> Path:
+    """The output folder of that run as if it had been killed before it saved the final model."""
+    shutil.copytree(pretrained.output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-final")
+    return tmp_path / "run"

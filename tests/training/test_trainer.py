@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dllm.diffusion.corruption import CorruptionPlan
 from dllm.pipelines.llada.trainer import LLaDATrainer
-from dllm.training.checkpoints import fault
+from dllm.training.checkpoints import fault, last_whole, seal
 
 MakeTrainer = Callable[..., LLaDATrainer]
 RowsOf = Callable[..., datasets.Dataset]
@@ -80,7 +80,7 @@ def test_the_logged_loss_is_the_formula(make_trainer: MakeTrainer, task: str, no
     )  # fmt: skip
     trainer.train()
     data, expected = trainer.train_dataset, []
-    for epoch, places in ((0, range(4)), (0, range(4, 8)), (0, range(8, 10)), (1, range(4))):
+    for epoch, places in ((0, range(4)), (0, range(4, 8)), (0, range(8, 12)), (1, range(4))):
         data.set_epoch(epoch)
         expected.append(obvious_losses(trainer, [data[place] for place in places], trainer.train_plan))
     torch.testing.assert_close(logged(trainer, "loss"), expected, rtol=1e-5, atol=0)
@@ -224,6 +224,20 @@ def test_a_save_that_fails_leaves_the_older_checkpoints_and_nothing_else(
         trainer.train()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint-1"]
     assert fault(tmp_path / "run" / "checkpoint-1") is None
+
+
+def test_an_older_checkpoint_is_deleted_only_when_the_new_one_is_whole(
+    make_trainer: MakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(folder: Path) -> None:
+        if folder.name == "checkpoint-2":
+            raise KeyboardInterrupt
+        seal(folder)
+
+    monkeypatch.setattr("dllm.training.trainer.seal", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make_trainer(max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert last_whole(tmp_path / "run") == tmp_path / "run" / "checkpoint-1"
 
 
 def test_what_lies_in_the_place_of_a_checkpoint_is_not_mixed_with_it(make_trainer: MakeTrainer, tmp_path: Path) -> None:
