@@ -16,13 +16,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dllm.layers.attention import explicit_attention
+
+
+def explicit(module: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return explicit_attention(module, q, k, v, None)[0]
 
 
 def main() -> None:
@@ -41,8 +47,8 @@ def main() -> None:
         generator = torch.Generator().manual_seed(length)
         q, k, v = (torch.randn(shape, generator=generator).bfloat16().requires_grad_() for _ in range(3))
         kernels: dict[str, Callable[[], Tensor]] = {
-            "explicit": lambda: explicit_attention(module, q, k, v, None)[0],
-            "fused": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=module.scaling),
+            "explicit": partial(explicit, module, q, k, v),
+            "fused": partial(torch.nn.functional.scaled_dot_product_attention, q, k, v, scale=module.scaling),
         }
         for backward in (False, True):
             times: dict[str, list[float]] = {name: [] for name in kernels}
@@ -55,9 +61,9 @@ def main() -> None:
                             out.float().sum().backward()
                     if turn > 1:  # the first two warm up
                         times[name].append(1000 * (time.perf_counter() - began))
-            explicit, fused = (statistics.median(times[name]) for name in kernels)
+            a, b = (statistics.median(times[name]) for name in kernels)
             what = "forward + backward" if backward else "forward"
-            lines.append(f"| {length} | {what} | {explicit:.2f} | {fused:.2f} | {fused / explicit:.2f} |")
+            lines.append(f"| {length} | {what} | {a:.2f} | {b:.2f} | {b / a:.2f} |")
             print(lines[-1], flush=True)
     if arguments.output:
         arguments.output.write_text(

@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from reference.models import dense_logits, moe_logits
 
-from dllm.pipelines.llada import LLaDAConfig, LLaDAMoEConfig, LLaDAModelLM, LLaDAMoEModelLM
+from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
 
 SHAPES = {
     "dense": LLaDAConfig(vocab_size=8192, d_model=768, n_layers=12, n_heads=12, mlp_hidden_size=2304),
@@ -41,10 +42,8 @@ SHAPES = {
 }
 
 
-def seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+def our_logits(model: torch.nn.Module, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    return model(ids, attention_mask=mask).logits
 
 
 def main() -> None:
@@ -76,8 +75,8 @@ def main() -> None:
                     for backward in (False, True):
                         ours, theirs = [], []
                         for turn in range(arguments.rounds + 1):
-                            a = seconds(lambda: step(lambda: model(ids, attention_mask=mask).logits, backward))
-                            b = seconds(lambda: step(lambda: plain(tensors, config, ids, mask), backward))
+                            a = step(partial(our_logits, model, ids, mask), backward)
+                            b = step(partial(plain, tensors, config, ids, mask), backward)
                             if turn:  # the first warms up
                                 ours.append(a)
                                 theirs.append(b)
@@ -112,11 +111,14 @@ def public_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone().requires_grad_() for name, value in tensors.items()}
 
 
-def step(forward: Callable[[], torch.Tensor], backward: bool) -> None:
+def step(forward: Callable[[], torch.Tensor], backward: bool) -> float:
+    """Seconds of a forward, or of a forward and its backward."""
+    began = time.perf_counter()
     with torch.set_grad_enabled(backward):
         logits = forward()
         if backward:
             logits.float().logsumexp(-1).mean().backward()
+    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

@@ -53,18 +53,20 @@ def main(argv: Sequence[str]) -> None:
     console = Console(highlight=False)
     began = time.monotonic()
     console.rule("1. train")
-    if final.exists():
+    there = final.exists()
+    if there:
         console.print(f"{final} is there already: nothing to train (delete {folder} to start anew).")
     else:
         command = [word for pair in RECIPE.items() for word in pair]
         command += ["--max_steps", str(arguments.max_steps), "--output_dir", str(folder)]
         command += ["--resume_from_checkpoint", "auto"]
         console.print("A LLaDA with 1.2 million weights learns to fill in masked cells of solved 6x6 grids:\n")
-        console.print("  dllm pretrain " + " ".join(f'"{w}"' if "[" in w else w for w in command) + "\n", markup=False)
+        shown = "  dllm pretrain " + " ".join(f'"{word}"' if "[" in word else word for word in command)
+        console.print(shown + "\n", markup=False, soft_wrap=True)  # a hard break would be copied into the shell
         from dllm.pipelines.llada.trainer import pretrain
 
         pretrain(command)
-    trained = time.monotonic() - began
+    trained = "" if there else f"Trained in {time.monotonic() - began:.0f} s; "
 
     from dllm.cli.display import LiveCanvas, sudoku_grid
     from dllm.data.sudoku import DEFAULT_CLUES, is_solution, puzzles
@@ -72,7 +74,9 @@ def main(argv: Sequence[str]) -> None:
     from dllm.evaluation.sudoku import fill_puzzles, score
     from dllm.pipelines.llada.loading import best_device, load_model
     from dllm.pipelines.llada.tokenizer import load_tokenizer
-    from dllm.training.callbacks import read_log
+    from dllm.training.callbacks import hide_bars, read_log
+
+    hide_bars(everywhere=True)  # training hid them already, if there was any
 
     console.rule("2. evaluate")
     clues = DEFAULT_CLUES[6]
@@ -110,12 +114,13 @@ def main(argv: Sequence[str]) -> None:
     # `make demo` runs in an environment that the user's shell has not entered
     enter = "" if shutil.which("dllm") or not activate.exists() else f"  source {activate}\n"
     console.print(
-        f"\nTrained in {trained:.0f} s; {100 * scores[0].exact:.1f} % of {arguments.puzzles} unseen puzzles solved exactly.\n\n"
+        f"\n{trained}{100 * scores[0].exact:.1f} % of {arguments.puzzles} unseen puzzles solved exactly.\n\n"
         f"[bold]Next[/bold]\n"
         f"{enter}"
         f"  dllm generate                        the model that ships inside, on a 9x9 puzzle\n"
         f"  dllm sft --model_name_or_path {final} --dataset_args builtin:addition \\\n"
         f"      --max_length 64 --max_steps 300 --learning_rate 1e-3 --output_dir runs/addition\n"
         f"  dllm pretrain --help                 your own text: --dataset_args my.jsonl\n"
-        f"  examples/llada/README.md             the same on GPUs, with LLaDA-8B"
+        f"  examples/llada/README.md             the same on GPUs, with LLaDA-8B",
+        soft_wrap=True,
     )

@@ -22,6 +22,17 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status (2 for an error that the user can put right)."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here, and not when Python ends, where a broken pipe could not be caught
+    except BrokenPipeError:  # the reader of a pipe left: nothing is wrong here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed in the end
+        return 0
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -35,16 +46,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         importlib.import_module(f"dllm.cli.{name}").main(rest)
-        sys.stdout.flush()
     except DllmError as error:
         print(f"dllm {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ndllm {name}: stopped.", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe left: nothing is wrong here, nor in what Python flushes when it ends
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     return 0
 
 

@@ -4,8 +4,8 @@ Shapes: B batch, L positions, H query heads, G key/value heads, K head width.
 
 The kernel is chosen by the model's `attn_implementation` through transformers' attention interface (sdpa, eager,
 flash_attention_2, flex_attention, ...), so whatever is registered there works here. One choice is made on top:
-`sdpa` on a CPU in bf16 with few positions runs the explicit product, which is several times as fast there as torch's
-fused kernel (benchmarks/attention_cpu.py).
+`sdpa` on a CPU in bf16 with few positions trains through the explicit product, whose backward is several times as fast
+there as that of torch's fused kernel (benchmarks/attention_cpu.py).
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dllm.layers.rope import rotate
 
-EXPLICIT_CPU_POSITIONS = 256
-"""Up to this many positions the explicit product beats torch's fused kernel on a CPU in bf16."""
+EXPLICIT_CPU_POSITIONS = 128
+"""Up to this many positions the explicit product, with its backward, beats torch's fused kernel on a CPU in bf16."""
 
 
 class PackedDocuments(NamedTuple):
@@ -80,7 +80,9 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     """
     name = module.config._attn_implementation
     few_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= EXPLICIT_CPU_POSITIONS
-    if name == "sdpa" and few_on_cpu:
+    if (
+        name == "sdpa" and few_on_cpu and torch.is_grad_enabled()
+    ):  # the fused forward alone is as fast; its backward is not
         return explicit_attention(module, query, key, value, attention_mask)[0]
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, explicit_attention)
     options: dict[str, Any] = {"dropout": 0.0, "scaling": module.scaling, "is_causal": False}
@@ -118,6 +120,13 @@ def rotary_attention(module: Any, x_BLD: Tensor, cos: Tensor, sin: Tensor, atten
     return mixed.reshape(B, L, -1)
 
 
+def document_starts(document_ids_BL: Tensor) -> Tensor:
+    """bool [B, L]: where a row begins, or an id differs from the one before."""
+    starts_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
+    return starts_BL
+
+
 def attention_bias(
     config: PreTrainedConfig,
     embeddings_BLD: Tensor,
@@ -130,7 +139,7 @@ def attention_bias(
         config: names the kernel.
         embeddings_BLD: gives sizes, dtype and device.
         attention_mask_BL: non-zero at real positions, or None: then nothing is built and nothing is paid.
-        document_ids_BL: int64, 0 or more; positions see their own document alone.
+        document_ids_BL: int64; equal neighbours are one document, and positions see their own document alone.
 
     Returns:
         None where every position sees every position. On a CPU a mask without padding counts as None; elsewhere that is not
@@ -145,15 +154,16 @@ def attention_bias(
             attention_mask=attention_mask_BL,
             allow_is_bidirectional_skip=embeddings_BLD.device.type == "cpu" or "flash" in config._attn_implementation,
         )
+    document_ids_BL = document_starts(document_ids_BL).cumsum(1)  # an id that comes again later is another document
     if attention_mask_BL is not None:  # padding is a document of its own, which no real position is in
         document_ids_BL = document_ids_BL.masked_fill(attention_mask_BL == 0, -1)
     if config._attn_implementation in ("sdpa", "eager"):
         return (document_ids_BL[:, :, None] == document_ids_BL[:, None, :])[:, None]
     if "flash" in config._attn_implementation:
-        change_BL = torch.ones_like(document_ids_BL, dtype=torch.bool)
-        change_BL[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
-        start = change_BL.flatten().nonzero()[:, 0].to(torch.int32)
-        return PackedDocuments(nn.functional.pad(start, (0, 1), value=change_BL.numel()), change_BL.shape[1])
+        start = document_starts(document_ids_BL).flatten().nonzero()[:, 0].to(torch.int32)
+        return PackedDocuments(
+            nn.functional.pad(start, (0, 1), value=document_ids_BL.numel()), document_ids_BL.shape[1]
+        )
     return create_bidirectional_mask(
         config=config,
         inputs_embeds=embeddings_BLD,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dllm.layers.attention import attention_bias
+from dllm.layers.attention import attention_bias, document_starts
 from dllm.layers.rope import rotary_tables
 
 
@@ -30,9 +30,7 @@ class Encoded(NamedTuple):
 def document_positions(document_ids_BL: Tensor) -> Tensor:
     """int64 [B, L]: each position counted from the start of its document."""
     place_L = torch.arange(document_ids_BL.shape[1], device=document_ids_BL.device)
-    changes = torch.ones_like(document_ids_BL, dtype=torch.bool)
-    changes[:, 1:] = document_ids_BL[:, 1:] != document_ids_BL[:, :-1]
-    return place_L - torch.where(changes, place_L, 0).cummax(1).values
+    return place_L - torch.where(document_starts(document_ids_BL), place_L, 0).cummax(1).values
 
 
 def encode(
@@ -63,7 +61,7 @@ def encode(
         attention_mask: [B, L], non-zero at real positions; None where there is no padding, and nothing is paid for it.
         position_ids: int64 [B, L] or [1, L]; from 0 by default, and with documents from 0 in each. Positions are relative,
             so padding on the left needs none.
-        document_ids: int64 [B, L], 0 or more: equal neighbours are one document, and no position sees another document.
+        document_ids: int64 [B, L]: equal neighbours are one document, and no position sees another document.
         inputs_embeds: [B, L, D] in place of `input_ids`.
         output_hidden_states: keep every block's input.
 

@@ -112,14 +112,22 @@ def test_a_fault_of_dllm_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) ->
         main(["generate"])
 
 
-def test_a_reader_that_leaves_is_no_error() -> None:
+@pytest.mark.parametrize("length", [10, 100_000])  # less than a buffer, and more
+@pytest.mark.parametrize("arguments", [["generate"], ["--help"], ["demo", "--help"]])
+def test_a_reader_that_leaves_is_no_error(length: int, arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    # more than a buffer: the pipe breaks while the command writes
-    code = "from dllm.cli import generate, main; generate.main = lambda argv: print('x' * 100_000); main.main(['generate'])"
-    for words in (["-c", f"import sys; {code}"], ["-m", "dllm.cli.main", "generate", "--help"]):
-        done = subprocess.run(
-            [sys.executable, *words], stdout=writer, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, check=False
-        )
-        assert (done.returncode, done.stderr) == (0, b"")
+    code = (
+        f"import sys; from dllm.cli import generate, main; generate.main = lambda argv: print('x' * {length}); "
+        f"sys.exit(main.main({arguments}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        stdin=subprocess.DEVNULL,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        check=False,
+    )
     os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -144,10 +144,15 @@ def test_the_explicit_product_in_bf16_is_torch_sdpa(
         torch.testing.assert_close(kernel[real.bool()].double(), exact, rtol=0, atol=2e-2)
 
 
-@pytest.mark.parametrize(("length", "explicit"), [(256, True), (257, False)])
-def test_few_positions_in_bf16_take_the_explicit_product(length: int, explicit: bool) -> None:
+@pytest.mark.parametrize(
+    ("length", "gradients", "explicit"), [(128, True, True), (129, True, False), (128, False, False)]
+)
+def test_training_on_few_positions_in_bf16_takes_the_explicit_product(
+    length: int, gradients: bool, explicit: bool
+) -> None:
     c = case("sdpa", length=length, dtype=torch.bfloat16)
-    assert torch.equal(attend(*c, None), explicit_attention(*c, None)[0]) is explicit
+    with torch.set_grad_enabled(gradients):
+        assert torch.equal(attend(*c, None), explicit_attention(*c, None)[0]) is explicit
 
 
 def test_nothing_is_built_where_nothing_is_hidden() -> None:

@@ -22,7 +22,7 @@ COMMON = (
     "--per_device_eval_batch_size 3 --learning_rate 3e-3 --warmup_steps 2"
 )
 TASKS = {
-    # 20 rows are 2.5 steps, so that the runs cross the end of an epoch and meet a short batch; half the steps are cut
+    # 20 rows are 2.5 steps: the runs meet a step that is filled up, and the end of an epoch; half the steps are cut short
     "pt": '--dataset_args "builtin:sudoku6[train:20,test:7]" --max_length 37 --random_length 0.5',
     "sft": '--dataset_args "builtin:addition[train:20,test:7]" --max_length 64',
 }

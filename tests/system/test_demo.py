@@ -62,6 +62,7 @@ def test_a_second_run_uses_the_model_of_the_first(demo: tuple[Path, str]) -> Non
     before = weights.stat().st_mtime_ns
     again = run(["dllm", "demo", "--puzzles", "50"], folder)
     assert "nothing to train" in again
+    assert "Loading weights" not in again
     assert weights.stat().st_mtime_ns == before
     assert "dllm pretrain --model_name_or_path tiny" in first
     assert "dllm pretrain --model_name_or_path tiny" not in again

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from system.workshop import ROOT, Block, blocks, make_workshop, marked, run
+from system.workshop import ROOT, Block, blocks, commands, make_workshop, marked, run
 
 from dllm.training.callbacks import read_log
+from dllm.training.run import parse_arguments
 
 pytestmark = pytest.mark.system
 
@@ -51,3 +52,20 @@ def test_a_mistake_is_one_line(script: str, arguments: list[str], message: str, 
     shown = run(["python", f"examples/llada/{script}", *arguments], make_workshop(tmp_path), code=1)
     assert message in shown.splitlines()[-1]
     assert "Traceback" not in shown
+
+
+def test_the_recipe_of_the_model_inside_parses() -> None:
+    script = (ROOT / "examples/sudoku/train.sh").read_text(encoding="utf-8")
+    (words,) = [words for words in commands(Block("bash", None, script, 1)) if words[:2] == ["dllm", "pretrain"]]
+    model, data, training = parse_arguments("pretrain", words[2:])
+    assert model.model_name_or_path == "tiny"
+    assert data.dataset_args.startswith("builtin:sudoku9[")
+    assert training.max_steps > 1000
+
+
+def test_the_evaluation_of_the_model_inside_prints_a_table(tmp_path: Path) -> None:
+    words = "python examples/sudoku/evaluate.py --puzzles 2 --tokens_per_forward 8 inf"
+    table = [line for line in run(words, make_workshop(tmp_path)).splitlines() if line.startswith("|")]
+    assert table[0] == "| clues | tokens per forward | forwards | exact |"
+    assert [row.split(" | ")[0] for row in table[2:]] == ["| 36 to 50"] * 2 + ["| 30 to 35"] * 2
+    assert [row.split(" | ")[2] for row in table[3::2]] == ["1.0"] * 2

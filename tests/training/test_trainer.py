@@ -64,7 +64,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(make_trainer: MakeTrainer, ta
         trainer.train()
         done.append((logged(trainer, "loss"), logged(trainer, "grad_norm"), weights(trainer)))
     (loss, norm, final), *others = done
-    assert len(loss) == 5  # the 10 rows are 3 steps, the third of 2 rows, so a new epoch is among them
+    assert len(loss) == 5  # the 10 rows are 3 steps, the third filled up with 2 more, so a new epoch is among them
     for other_loss, other_norm, other_final in others:
         torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(other_norm, norm, rtol=1e-4, atol=0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from dllm.errors import CheckpointError
 
@@ -28,8 +27,10 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise CheckpointError(_no_weights(folder))
         return read_header(folder / SINGLE)
     try:
-        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+        places: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
+        if not places or any(Path(name).name != name for name in places.values()):
+            raise ValueError("it does not give each tensor a file of this folder")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read as an index of weights: copy it again. ({error})") from error
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name in sorted(set(places.values())):
@@ -50,21 +51,22 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         CheckpointError: it is no safetensors file, or not as long as its header says.
     """
     size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise CheckpointError(f"{path} is cut short or is no safetensors file ({size:,} bytes): copy it again.")
+        text = file.read(length)
     try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise CheckpointError(f"{path} is cut short or is no safetensors file ({size:,} bytes): copy it again.")
-            header: dict[str, Any] = json.loads(file.read(length))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        found = {name: (str(entry["dtype"]), tuple(map(int, entry["shape"]))) for name, entry in entries.items()}
+        needed = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:  # JSON, but of another form
         raise CheckpointError(f"{path} is no safetensors file: its header cannot be read. Copy it again.") from error
-    header.pop("__metadata__", None)
-    needed = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != needed:
         raise CheckpointError(
             f"{path} has {size:,} bytes and its header asks for {needed:,}: it is cut short or damaged. Copy it again."
         )
-    return {name: (entry["dtype"], tuple(entry["shape"])) for name, entry in header.items()}
+    return found
 
 
 def _no_weights(folder: Path) -> str:

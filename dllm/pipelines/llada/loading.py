@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
-from dllm.pipelines.llada.checkpoint_files import tensor_headers
+from dllm.pipelines.llada.checkpoint_files import read_header, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig, is_mixture
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
@@ -45,22 +47,68 @@ def load_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
         kwargs["dtype"] = dtype_named(kwargs["dtype"])
     folder = Path(path).expanduser()
     if folder.is_dir():
-        tensor_headers(folder)
+        headers = tensor_headers(folder)
+        # packed tensors have shapes of their own, and a base model's names lack the prefix: transformers compares those
+        if not hasattr(config, "quantization_config") and any(name.startswith("model.") for name in headers):
+            shapes = {name: shape for name, (_, shape) in headers.items()}
+            asked = public_shapes(config)
+            wrong = {n: (shapes[n], shape) for n, shape in asked.items() if shapes.get(n, shape) != shape}
+            _refuse_misfits(name_or_path, wrong, asked.keys() - shapes.keys(), folder)
         path = str(folder)
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
-            path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
+            path,
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            # transformers' own error names no tensor; its report does, and what is wrong is refused below
+            **{**kwargs, "ignore_mismatched_sizes": True},
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The weights of {name_or_path!r} could not be loaded: {_first_line(error)}") from error
-    for key, what in (("mismatched_keys", "of another shape than config.json says"), ("missing_keys", "missing")):
-        bad = sorted(str(name if isinstance(name, str) else name[0]) for name in report[key])
-        if bad:
-            raise CheckpointError(
-                f"The weights of {name_or_path!r} do not fit its config.json: {len(bad)} tensors are {what}, such as "
-                f"{bad[0]}. Are both files of the same checkpoint?"
-            )
+    mismatched = {name: (tuple(stored), tuple(asked)) for name, stored, asked in report["mismatched_keys"]}
+    _refuse_misfits(name_or_path, mismatched, report["missing_keys"])
     return model.eval()
+
+
+def public_shapes(config: LLaDAConfig | LLaDAMoEConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor that a checkpoint of this configuration holds, in the public names; without memory."""
+    with torch.device("meta"):
+        model = AutoModelForMaskedLM.from_config(copy.deepcopy(config))
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(t.shape) for name, t in tensors.items() if name not in model.all_tied_weights_keys}
+
+
+def _refuse_misfits(
+    checkpoint: str,
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
+    missing: Collection[str],
+    folder: Path | None = None,
+) -> None:
+    """Raises if there are any.
+
+    Args:
+        checkpoint: its name.
+        mismatched: name -> (stored shape, shape that the configuration asks for).
+        missing: names.
+        folder: where the files are, to say which one holds a tensor of another shape.
+    """
+    if mismatched:
+        name = min(mismatched)
+        stored, asked = map(list, mismatched[name])
+        files = sorted(folder.glob("model*.safetensors")) if folder is not None else ()
+        place = next((f" in {path.name}" for path in files if name in read_header(path)), "")
+        what = (
+            f"{len(mismatched)} tensors are of another shape than config.json says, such as {name}{place}: {stored}, "
+            f"not {asked}"
+        )
+    elif missing:
+        what = f"{len(missing)} tensors are missing, such as {min(missing)}"
+    else:
+        return
+    raise CheckpointError(
+        f"The weights of {checkpoint!r} do not fit its config.json: {what}. Are both files of the same checkpoint?"
+    )
 
 
 def dtype_named(name: str) -> torch.dtype:

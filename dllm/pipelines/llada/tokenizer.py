@@ -20,6 +20,8 @@ from dllm.pipelines.llada.embedded import resolve
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER_START, HEADER_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
+ROLE_END = "<|role_end|>"
+"""How LLaDA-MoE ends a turn; its checkpoints bring their own chat template."""
 SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, EOT)
 MASK_SPELLINGS = (MASK, "<|mask|>", "[MASK]")
 """How mask tokens are spelt where a tokenizer does not declare one."""
@@ -85,12 +87,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrain
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.bos_token_id is None and BOS in vocabulary:
         tokenizer.add_special_tokens({"bos_token": BOS})
-    markers = [token for token in (HEADER_START, HEADER_END, EOT) if token in vocabulary]
-    if len(markers) == 3:
-        if any(len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1 for marker in markers):
-            tokenizer.add_special_tokens({"extra_special_tokens": markers}, replace_extra_special_tokens=False)
+    dense, mixture = (HEADER_START, HEADER_END, EOT), (ROLE_END,)
+    markers = next((family for family in (dense, mixture) if vocabulary.keys() >= set(family)), ())
+    if any(len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1 for marker in markers):
+        tokenizer.add_special_tokens({"extra_special_tokens": list(markers)}, replace_extra_special_tokens=False)
+    if markers == dense:
         tokenizer.chat_template = CHAT_TEMPLATE
-        tokenizer.eot_token, tokenizer.eot_token_id = EOT, vocabulary[EOT]
+    if markers:
+        tokenizer.eot_token, tokenizer.eot_token_id = markers[-1], vocabulary[markers[-1]]
     return tokenizer
 
 

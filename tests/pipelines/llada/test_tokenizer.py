@@ -232,3 +232,17 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llada", "d_model": 64}), encoding="utf-8")
     with pytest.raises(CheckpointError, match="No tokenizer could be loaded from"):
         llada.load_tokenizer(str(tmp_path))
+
+
+def test_a_mixture_ends_its_turns_with_role_end_and_keeps_its_template() -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "<|mask|>": 1, "<|role_end|>": 2, "a": 3, "?": 4}, "?"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="?")
+    made.chat_template = "{{ messages[0]['content'] }}"
+    ready = prepare_tokenizer(made, "a mixture")
+    assert (ready.mask_token_id, ready.eos_token_id, ready.pad_token_id, ready.eot_token_id) == (1, 0, 0, 2)
+    assert ready("a<|role_end|><|mask|>", add_special_tokens=False)["input_ids"] == [3, 2, 1]
+    assert ready.chat_template == "{{ messages[0]['content'] }}"

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+from dllm.errors import CheckpointError
 from dllm.pipelines.llada.models.architecture import check_multiples, refuse_unknown_architecture
 
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {
@@ -83,6 +84,21 @@ class LLaDAMoEConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         refuse_unknown_architecture(self, IMPLEMENTED)
         check_multiples(self, ("num_attention_heads", "num_key_value_heads"))
+        layers, freq = self.num_hidden_layers, self.moe_layer_freq
+        wrong = None
+        if isinstance(freq, list) and len(freq) != layers:
+            wrong = f"moe_layer_freq={freq}: it must have one entry for each of the {layers} layers."
+        elif not isinstance(freq, list) and freq < 1:
+            wrong = f"moe_layer_freq={freq}: it must be 1 or more, or a list with one entry a layer."
+        elif not 1 <= self.num_experts_per_tok <= self.num_experts:
+            wrong = (
+                f"num_experts_per_tok={self.num_experts_per_tok} and num_experts={self.num_experts}: a token has at least 1 "
+                f"of the experts and at most all."
+            )
+        elif self.head_dim % 2:
+            wrong = f"head_dim={self.head_dim}: rotary embedding needs an even one."
+        if wrong:
+            raise CheckpointError(f"config.json says {wrong}")
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer is a mixture; if not it is one network of `dense_intermediate_size`."""

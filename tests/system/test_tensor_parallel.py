@@ -1,0 +1,60 @@
+"""The tensor-parallel plan of the models: two processes, each with its part of the weights, give the logits of one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from golden import cases
+from safetensors.torch import load_file
+from system.workshop import run
+
+pytestmark = pytest.mark.system
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from transformers.distributed import DistributedConfig
+from dllm.pipelines import llada
+
+checkpoint, case, out = sys.argv[1:]
+model = llada.load_model(checkpoint, distributed_config=DistributedConfig(tp_plan="auto"))
+given = load_file(case)
+with torch.no_grad():
+    found = {
+        "logits": model(given["input_ids"]).logits,
+        "padded_logits": model(given["padded_input_ids"], attention_mask=given["attention_mask"]).logits,
+        "kept": model(given["input_ids"], logits_to_keep=torch.tensor([3, 0])).logits,
+    }
+held = 0
+for parameter in model.parameters():
+    held += (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
+found = {key: (x.full_tensor() if hasattr(x, "full_tensor") else x).contiguous() for key, x in found.items()}
+save_file({**found, "held": torch.tensor(held)}, f"{out}/{dist.get_rank()}.safetensors")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("name", [*cases.DENSE, "llada_moe"])
+def test_two_processes_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
+    (tmp_path / "rank.py").write_text(SCRIPT, encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    case = cases.folder(name) / "forward.safetensors"
+    shown = run([*launcher, "rank.py", str(cases.folder(name)), str(case), "."], tmp_path)
+    assert "Warning" not in shown, shown
+    golden = cases.forward_case(name)
+    real = golden["attention_mask"].bool()
+    stored = load_file(cases.folder(name) / "model.safetensors")
+    whole = sum(tensor.numel() for tensor in stored.values())
+    for rank in range(2):
+        found = load_file(tmp_path / f"{rank}.safetensors")
+        for key, expected in (("logits", golden["logits"]), ("kept", golden["logits"][:, [3, 0]])):
+            torch.testing.assert_close(found[key], expected, rtol=0, atol=cases.TOLERANCE)
+        padded = found["padded_logits"][real]
+        torch.testing.assert_close(padded, golden["padded_logits"][real], rtol=0, atol=cases.TOLERANCE)
+        # tables and norms are whole on each, of the rest each has half
+        assert int(found["held"]) < 0.75 * whole
