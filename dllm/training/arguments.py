@@ -47,7 +47,10 @@ class DataArguments:
         "by ' + '.",
         default="builtin:text",
     )
-    max_length: int = _help("Tokens in a row; longer text is cut.", default=1024)
+    max_length: int | None = _help(
+        "Tokens in a row; longer text is cut. By default 1024, or the checkpoint's context where that is less.",
+        default=None,
+    )
     text_column: str = _help("The column to pretrain on.", default="text")
     messages_column: str = _help("The column of conversations to fine-tune on.", default="messages")
     num_proc: int | None = _help("Processes that turn text into tokens.", default=None)

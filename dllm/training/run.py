@@ -34,6 +34,8 @@ from dllm.training.checkpoints import SEAL, fault, last_whole, no_room
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
+DEFAULT_LENGTH = 1024
+"""Tokens in a row, where nothing is said and the context holds them."""
 BYTES_A_PARAMETER = 12
 """A checkpoint's weights and two optimiser moments in fp32."""
 
@@ -41,7 +43,12 @@ Task = Literal["pretrain", "sft"]
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "pretrain": {},
     # LLaDA's recipe (arXiv:2502.09992, section 2.3 and GUIDELINES)
-    "sft": dict(loss_normalisation="sequence", learning_rate=2.5e-5, model_name_or_path="builtin:sudoku9"),
+    "sft": dict(
+        loss_normalisation="sequence",
+        learning_rate=2.5e-5,
+        model_name_or_path="builtin:sudoku9",
+        dataset_args="builtin:addition",
+    ),
 }
 
 
@@ -92,7 +99,7 @@ def parse_arguments(
     model_args, data_args, training_args = parsed
     if not 0 <= data_args.random_length <= 1:
         raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
-    if data_args.max_length < 2:
+    if data_args.max_length is not None and data_args.max_length < 2:
         raise OptionError(f"--max_length {data_args.max_length}: a row has at least 2 tokens.")
     return model_args, data_args, training_args
 
@@ -186,10 +193,10 @@ def prepare(
             f"{name!r} is a shape without weights: pretrain it first, then fine-tune the folder that it made."
         )
     config = None if preset else family.load_config(name)
-    if config is not None and data_args.max_length > config.max_position_embeddings:
-        raise OptionError(
-            f"--max_length {data_args.max_length} exceeds the model's context of {config.max_position_embeddings}."
-        )
+    context = DEFAULT_LENGTH if config is None else config.max_position_embeddings
+    max_length = data_args.max_length or min(DEFAULT_LENGTH, context)
+    if config is not None and max_length > context:
+        raise OptionError(f"--max_length {max_length} exceeds the model's context of {context}.")
     column = "text" if task == "pretrain" else "messages"
     train, test = load_splits(
         data_args.dataset_args, column=column, source_column=getattr(data_args, f"{column}_column")
@@ -198,10 +205,10 @@ def prepare(
         model_args.tokenizer_name_or_path or ("builtin:char" if preset else name), lambda: iter(train["text"])
     )
     rows = partial(pretraining_rows if task == "pretrain" else sft_rows, tokenizer=tokenizer)
-    train_rows = rows(train, max_length=data_args.max_length, workers=data_args.num_proc)
-    test_rows = None if test is None else rows(test, max_length=data_args.max_length, workers=data_args.num_proc)
+    train_rows = rows(train, max_length=max_length, workers=data_args.num_proc)
+    test_rows = None if test is None else rows(test, max_length=max_length, workers=data_args.num_proc)
     if task == "pretrain" and not model_args.continue_from_weights:
-        model = family.fresh_model(name, tokenizer, model_args.config_overrides, data_args.max_length)
+        model = family.fresh_model(name, tokenizer, model_args.config_overrides, max_length)
     elif model_args.config_overrides:
         raise OptionError("--config_overrides only changes a model that starts fresh: leave it out.")
     else:

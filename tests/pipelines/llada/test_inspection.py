@@ -63,6 +63,15 @@ def test_a_dense_layer_of_a_mixture_is_active_as_a_whole(tmp_path: Path) -> None
     assert info.parameters - info.active_parameters == 6 * 3 * 48 * 64
 
 
+def test_one_table_at_both_ends_of_a_mixture_counts_once(tmp_path: Path) -> None:
+    config = json.loads((cases.folder("llada_moe") / "config.json").read_text())
+    model = llada.LLaDAMoEModelLM(llada.LLaDAMoEConfig(**{**config, "tie_word_embeddings": True}))
+    model.save_pretrained(tmp_path)
+    info = inspect(str(tmp_path))
+    assert info.embedding_parameters == 256 * 64
+    assert info.stored_bytes == 4 * info.parameters == 4 * sum(parameter.numel() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("preset", "total", "active", "embedding"),
     # the published numbers: arXiv:2502.09992, table 5; arXiv:2509.24389 (1.4 B a token, its output table not counted twice)
