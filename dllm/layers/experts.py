@@ -67,11 +67,13 @@ class Experts(nn.Module):
         order = top_k_index.flatten().argsort(stable=True)
         per_expert = torch.bincount(top_k_index.flatten(), minlength=self.num_experts).tolist()
         parts = hidden_states[order // k].split(per_expert)
+        # unbound at once: the gradient of each index by itself would be as large as the whole stack
+        experts = zip(parts, self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
         done = []
-        for expert, x in enumerate(parts):
+        for x, gate_up, down in experts:
             if len(x):
-                gate, up = nn.functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
-                done.append(nn.functional.linear(self.act_fn(gate) * up, self.down_proj[expert]))
+                gate, up = nn.functional.linear(x, gate_up).chunk(2, dim=-1)
+                done.append(nn.functional.linear(self.act_fn(gate) * up, down))
         sorted_out = torch.cat(done) * top_k_weights.flatten()[order, None]
         # back into token order, so that a token's k terms lie side by side and are summed in a fixed order, in fp32
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

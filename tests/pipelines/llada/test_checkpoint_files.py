@@ -106,6 +106,16 @@ def test_shards_give_the_same_model_as_one_file(name: str, shards: Path) -> None
 
 
 @both
+@pytest.mark.parametrize("device_map", ["cpu", {"": "cpu"}, {"": torch.device("cpu")}])
+def test_a_device_map_is_taken(name: str, shards: Path, device_map: Any) -> None:
+    model, case = llada.load_model(shards, device_map=device_map), cases.forward_case(name)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    with torch.no_grad():
+        logits = model(case["input_ids"]).logits
+    torch.testing.assert_close(logits, case["logits"], rtol=0, atol=cases.TOLERANCE)
+
+
+@both
 def test_weights_that_a_checkpoint_brings_are_never_initialised(
     name: str, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
