@@ -4,7 +4,7 @@ Shapes: T tokens, D width, E experts, k experts a token, F expert width.
 
 How the experts are multiplied is chosen by the model's `experts_implementation` through transformers' interface
 (grouped_mm, batched_mm, deepgemm, ...): one grouped product a projection on a GPU. `eager` is the path written out here:
-tokens sorted by expert, then one product for each expert that was asked, which is what a CPU does best.
+tokens sorted by expert, then one product for each expert that was asked.
 """
 
 from __future__ import annotations

@@ -101,6 +101,15 @@ def test_python_runs_as_it_stands(tmp_path: Path) -> None:
     assert re.fullmatch(r"\['\d{81}'\]", infilled)
 
 
+def test_python_for_a_hub_id_runs_on_a_small_model(tmp_path: Path) -> None:
+    (block,) = marked(README, "seed", "python")
+    name = "GSAI-ML/LLaDA-8B-Instruct"
+    assert name in block.text
+    save_tiny_model(tmp_path / MODELS[name], context=256)
+    shown = run(["python", "-c", block.text.replace(f'"{name}"', f'"./{MODELS[name]}"')], tmp_path)
+    assert "Traceback" not in shown
+
+
 @pytest.fixture(scope="module")
 def seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The commands for 8 GPUs, run in README's order with small models and data: the folder, and what each printed."""
