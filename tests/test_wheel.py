@@ -76,6 +76,6 @@ def test_works_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (ROOT / EMBEDDED).is_dir(), reason="no model is embedded")
 def test_the_model_inside_answers_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    shown = run("-m", "dllm.cli.main", "generate", cwd=tmp_path, PYTHONPATH=str(installed))
+    shown = run("-m", "dllm.cli.main", "generate", "--seed", "1", cwd=tmp_path, PYTHONPATH=str(installed))
     assert ": solved" in shown
     assert list(tmp_path.iterdir()) == []

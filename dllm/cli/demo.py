@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         command = [word for pair in RECIPE.items() for word in pair]
         command += ["--max_steps", str(arguments.max_steps), "--output_dir", str(folder)]
         command += ["--resume_from_checkpoint", "auto"]
-        console.print("A LLaDA with 1.2 million weights learns to fill in masked cells of solved 6x6 grids:\n")
+        console.print("A LLaDA with 1.3 million weights learns to fill in masked cells of solved 6x6 grids:\n")
         shown = "  dllm pretrain " + " ".join(f'"{word}"' if "[" in word else word for word in command)
         console.print(shown + "\n", markup=False, soft_wrap=True)  # a hard break would be copied into the shell
         from dllm.pipelines.llada.trainer import pretrain

@@ -150,7 +150,7 @@ def _checked_puzzles(puzzles: list[str], options: dict[str, Any]) -> list[str]:
         )
     if not puzzles:
         seed = options.get("seed", random.randrange(10**6))
-        puzzles = [unseen_puzzles(9, "test", 1, clues=(30, 40), seed=seed)[0][0]]
+        puzzles = [unseen_puzzles(9, "test", 1, clues=(36, 45), seed=seed)[0][0]]
     for puzzle in puzzles:
         if len(puzzle) != 81:
             raise DataError(

@@ -65,7 +65,13 @@ class SamplingConfig:
             raise OptionError(
                 f"remasking={self.remasking!r} does not exist.{did_you_mean(str(self.remasking), get_args(Remasking))}"
             )
-        object.__setattr__(self, "cfg_keep_tokens", tuple(self.cfg_keep_tokens))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            refuse("seed", "it is a whole number")
+        for name in ("suppress_eos", "eos_last"):
+            if not isinstance(getattr(self, name), bool):
+                refuse(name, "it is True or False")
+        kept = (self.cfg_keep_tokens,) if isinstance(self.cfg_keep_tokens, int) else self.cfg_keep_tokens
+        object.__setattr__(self, "cfg_keep_tokens", tuple(kept))
 
     @classmethod
     def from_options(cls, **options: Any) -> SamplingConfig:

@@ -157,7 +157,7 @@ def denoise(
     request_R = torch.tensor(list(requests) if requests is not None else range(len(canvases)))
     result_RL = ids_RL.clone()
 
-    # from here on everything a step touches lives on the device; the host knows the schedule, so it never asks
+    # from here on everything a step touches lives on the device; the host knows the schedule and does not ask for it
     longest = max((len(canvases[row]) for row in running.tolist()), default=0)
     ids_RL, real_RL, masked_RL, given_RL, block_RL = (
         x[running, :longest].to(device) for x in (ids_RL, real_RL, masked_RL, given_RL, schedule.block_RL)

@@ -1,4 +1,4 @@
-"""What can be set about a training run. The docstring of a field is its help text on the command line."""
+"""What can be set about a training run; the text beside a field is its help on the command line."""
 
 from __future__ import annotations
 
@@ -91,13 +91,15 @@ class TrainingArguments(transformers.TrainingArguments):
         default="global",
     )
     optimizer: str = _help(
-        "adamw: what --optim names, for everything; muon: Muon for the matrices, AdamW for the rest.", default="adamw"
+        "adamw: what --optim names, for everything; muon: Muon for the matrices inside the blocks, AdamW for "
+        "the rest (embeddings, head, norms, stacked experts).",
+        default="adamw",
     )
     muon_learning_rate: float = _help("Learning rate of Muon's matrices; --learning_rate is AdamW's.", default=0.02)
 
     output_dir: str | None = _help("Where checkpoints, the log and the final model go.", default=None)
     learning_rate: float = _help("Peak learning rate.", default=4e-4)
-    weight_decay: float = _help("Weight decay (embeddings' norms excepted).", default=0.1)
+    weight_decay: float = _help("Weight decay of matrices and embeddings, not of the norms inside blocks.", default=0.1)
     bf16: bool | None = _help(  # type: ignore[assignment]
         "Mixed precision in bf16; by default wherever the processor has it.", default=None
     )

@@ -97,3 +97,21 @@ def test_settings_are_frozen_and_keep_their_own_tokens() -> None:
     assert hash(config) == hash(SamplingConfig(cfg_keep_tokens=(3, 4)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", "a", "seed='a': it is a whole number"),
+        ("seed", None, "seed=None: it is a whole number"),
+        ("suppress_eos", "no", "suppress_eos='no': it is True or False"),
+        ("eos_last", 1, "eos_last=1: it is True or False"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(name: str, value: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        SamplingConfig.from_options(**{name: value})
+
+
+def test_one_token_to_keep_needs_no_list() -> None:
+    assert SamplingConfig(cfg_keep_tokens=5).cfg_keep_tokens == (5,)  # type: ignore[arg-type]

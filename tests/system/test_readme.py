@@ -32,7 +32,7 @@ README = ROOT / "README.md"
 NOT_RUN = {
     "make demo": "installs, then runs `dllm demo`, which test_demo.py runs",
     "make test": "would run this test again",
-    "pip install -e .": "installs; its second line is run below",
+    ". .venv/bin/activate": "its second line is run below",
 }
 
 # What stands in place of what is too big. Folders that a command writes, and a later one reads, keep their names.
@@ -51,8 +51,8 @@ def substituted(words: list[str]) -> list[str]:
     return [words[0]] + [tables.get(option, {}).get(word, word) for option, word in itertools.pairwise(words)]
 
 
-def seed_commands() -> list[list[str]]:
-    return [words for block in marked(README, "seed") for words in commands(block)]
+def gpu_commands() -> list[list[str]]:
+    return [words for block in marked(README, "substituted") for words in commands(block)]
 
 
 def test_every_block_is_run_or_listed() -> None:
@@ -63,16 +63,16 @@ def test_every_block_is_run_or_listed() -> None:
     assert None not in starts, "mark the block with <!-- test: run -->, or list it in NOT_RUN"
     assert sorted(map(str, starts)) == sorted(NOT_RUN)
     assert len(left) < len(shown)
-    assert {block.marker for block in shown} == {None, "run", "seed"}
+    assert {block.marker for block in shown} == {None, "run", "substituted"}
     assert [block.language for block in shown if block.marker == "run"] == ["bash", "python"]
-    assert len(seed_commands()) == 4
+    assert len(gpu_commands()) == 4
 
 
 def test_every_big_name_has_a_small_one() -> None:
-    given = {word for words in seed_commands() for word in words if "/" in word}
+    given = {word for words in gpu_commands() for word in words if "/" in word}
     for table in (MODELS, DATA, OTHER):
         assert set(table) <= given, "a name in this file that README.md does not show any more"
-    used = {word for words in seed_commands() for word in substituted(words)}
+    used = {word for words in gpu_commands() for word in substituted(words)}
     assert not used & {*MODELS, *DATA, *OTHER}
 
 
@@ -86,7 +86,7 @@ def test_commands_run_as_they_stand(block: Block, tmp_path: Path) -> None:
 
 
 def test_generate_alone_shows_a_grid(tmp_path: Path) -> None:
-    (first,) = [block for block in blocks(README) if block.text.startswith("pip install -e .")]
+    (first,) = [block for block in blocks(README) if block.text.startswith(". .venv/bin/activate")]
     words = commands(first)[1]
     assert words == ["dllm", "generate"]
     shown = run(words, tmp_path)
@@ -102,7 +102,7 @@ def test_python_runs_as_it_stands(tmp_path: Path) -> None:
 
 
 def test_python_for_a_hub_id_runs_on_a_small_model(tmp_path: Path) -> None:
-    (block,) = marked(README, "seed", "python")
+    (block,) = marked(README, "substituted", "python")
     name = "GSAI-ML/LLaDA-8B-Instruct"
     assert name in block.text
     save_tiny_model(tmp_path / MODELS[name], context=256)
@@ -111,21 +111,21 @@ def test_python_for_a_hub_id_runs_on_a_small_model(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def seeds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+def gpu_runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
     """The commands for 8 GPUs, run in README's order with small models and data: the folder, and what each printed."""
-    folder = make_workshop(tmp_path_factory.mktemp("seeds"))
+    folder = make_workshop(tmp_path_factory.mktemp("gpu_runs"))
     documents = builtin_rows("text", "train", 160, column="text")
     texts = [row["text"] for row in documents]
     write_jsonl(folder / "documents.jsonl", documents)
     write_jsonl(folder / "conversations.jsonl", builtin_rows("addition", "train", 48, column="messages"))
     for name in MODELS.values():
         save_tiny_model(folder / name, texts=texts, context=1024)
-    return folder, [run(substituted(words), folder) for words in seed_commands()]
+    return folder, [run(substituted(words), folder) for words in gpu_commands()]
 
 
-def test_the_8_gpu_commands_end_with_a_checkpoint(seeds: tuple[Path, list[str]]) -> None:
-    folder, shown = seeds
-    trainings = [words for words in seed_commands() if words[:2] == ["accelerate", "launch"]]
+def test_the_8_gpu_commands_end_with_a_checkpoint(gpu_runs: tuple[Path, list[str]]) -> None:
+    folder, shown = gpu_runs
+    trainings = [words for words in gpu_commands() if words[:2] == ["accelerate", "launch"]]
     assert len(trainings) == 3
     for words, printed in zip(trainings, shown, strict=False):
         assert "2 processes" in printed
@@ -140,9 +140,9 @@ def test_the_8_gpu_commands_end_with_a_checkpoint(seeds: tuple[Path, list[str]])
         assert all(math.isfinite(loss) for loss in losses)
 
 
-def test_fine_tuning_starts_from_the_weights_and_pretraining_from_fresh_ones(seeds: tuple[Path, list[str]]) -> None:
-    folder, _ = seeds
-    sft, pt, second_sft = (words[words.index("--output_dir") + 1] for words in seed_commands()[:3])
+def test_fine_tuning_starts_from_the_weights_and_pretraining_from_fresh_ones(gpu_runs: tuple[Path, list[str]]) -> None:
+    folder, _ = gpu_runs
+    sft, pt, second_sft = (words[words.index("--output_dir") + 1] for words in gpu_commands()[:3])
 
     def weights(path: str) -> torch.Tensor:
         return torch.cat([p.detach().flatten() for p in load_model(str(folder / path)).parameters()])
@@ -156,8 +156,8 @@ def test_fine_tuning_starts_from_the_weights_and_pretraining_from_fresh_ones(see
     assert apart(pretrained, base) > 0.5
 
 
-def test_the_sampling_command_answers_and_fills_blanks(seeds: tuple[Path, list[str]]) -> None:
-    _, shown = seeds
+def test_the_sampling_command_answers_and_fills_blanks(gpu_runs: tuple[Path, list[str]]) -> None:
+    _, shown = gpu_runs
     assert shown[-1].count("\n  -> ") == 4
     assert "batch of prompts" in shown[-1]
     assert "The capital of France is __, and the capital of Italy is __." in shown[-1]

@@ -273,7 +273,14 @@ def test_a_disk_that_is_too_small_is_told_before_training(tmp_path: Path, monkey
 
 
 def test_without_a_length_the_context_or_1024_is_the_length(tmp_path: Path) -> None:
-    common = ["--dataset_args", "builtin:addition[train:4,test:2]", "--max_steps", "1", "--per_device_train_batch_size", "2"]
+    common = [
+        "--dataset_args",
+        "builtin:addition[train:4,test:2]",
+        "--max_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+    ]
     final = llada.sft([*common, "--output_dir", str(tmp_path / "sft")])  # the model inside, whose context is 512
     assert llada.load_model(str(final)).config.max_position_embeddings == 512
     common[1] = "builtin:text[train:1,test:1]"

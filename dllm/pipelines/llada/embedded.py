@@ -7,19 +7,23 @@ from pathlib import Path
 
 from dllm.errors import CheckpointError, did_you_mean
 
+FINAL = "checkpoint-final"
+"""Where in a run's folder its model is."""
 DEFAULT = "builtin:sudoku9"
 """What is used where no model is named."""
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """`builtin:NAME` as the folder that it lies in; anything else as it is.
+    """`builtin:NAME` as the folder that it lies in, the folder of a run as its final model; anything else as it is.
 
     Raises:
         CheckpointError: no embedded model has that name.
     """
     name_or_path = str(name_or_path)
     if not name_or_path.startswith("builtin:"):
-        return name_or_path
+        final = Path(name_or_path).expanduser() / FINAL
+        has_final = (final / "config.json").exists() and not (final.parent / "config.json").exists()
+        return str(final) if has_final else name_or_path
     name = name_or_path.removeprefix("builtin:")
     root = files("dllm.pipelines.llada").joinpath("embedded_models")
     there = [entry.name for entry in root.iterdir() if entry.is_dir()]

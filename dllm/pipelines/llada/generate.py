@@ -77,6 +77,7 @@ def generate(
     tails = torch.full((config.gen_length,), mask_token_id)
     ids = [encode_prompt(tokenizer, prompt) for prompt in _one_a_row(prompts)]
     for row, prompt in enumerate(ids):
+        _check_ids(model, prompt, f"prompt {row}")
         _check_room(
             model,
             len(prompt) + config.gen_length,
@@ -130,6 +131,7 @@ def infilling(
     mask_token_id = _mask_token_id(model, tokenizer)
     canvases = [encode_prompt(tokenizer, item) for item in _one_a_row(inputs)]
     for row, canvas in enumerate(canvases):
+        _check_ids(model, canvas, f"input {row}")
         _check_room(model, len(canvas), f"input {row} ({len(canvas)} tokens)")
     masked = [canvas == mask_token_id for canvas in canvases]
     result = _run(model, tokenizer, canvases, masked, config, trace, on_step, requests)
@@ -167,10 +169,13 @@ def _one_a_row(prompts: Sequence[Any]) -> Sequence[Any]:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> Tensor:
     """int64 [length] of a text (as it stands, no token added), of ids, or of a conversation (through the chat template)."""
-    if isinstance(prompt, Tensor):
-        if prompt.dim() != 1:
-            raise OptionError(f"A prompt of ids has one axis, [length]; this one has shape {tuple(prompt.shape)}.")
-        return prompt.long().cpu()
+    if hasattr(prompt, "__array__"):  # tensors, and arrays of numpy and its like
+        ids = torch.as_tensor(prompt)
+        if ids.dim() != 1 or ids.is_floating_point():
+            raise OptionError(
+                f"A prompt of ids has one axis, [length], and whole numbers; this one has shape {tuple(ids.shape)}, {ids.dtype}."
+            )
+        return ids.long().cpu()
     if isinstance(prompt, Sequence) and not isinstance(prompt, str) and (not prompt or isinstance(prompt[0], int)):
         return torch.tensor(list(prompt), dtype=torch.int64)
     if tokenizer is None:
@@ -238,6 +243,15 @@ def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     """End of text and end of turn."""
     eot = getattr(tokenizer, "eot_token_id", None)
     return _eos_token_ids(model) + ([eot] if eot is not None else [])
+
+
+def _check_ids(model: PreTrainedModel, ids: Tensor, what: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    outside = ids[(ids < 0) | (ids >= rows)]
+    if len(outside):
+        raise OptionError(
+            f"{what} holds the token id {int(outside[0])}, and the model has ids 0 to {rows - 1}: is this another tokenizer?"
+        )
 
 
 def _check_room(model: PreTrainedModel, needed: int, what: str) -> None:

@@ -165,7 +165,8 @@ def fresh_model(
 
     Args:
         name_or_path: a preset, or a checkpoint whose configuration it takes.
-        tokenizer: gives a preset its vocabulary and special ids.
+        tokenizer: gives a preset its vocabulary and special ids; a checkpoint's configuration takes them too where it does
+            not fit (more entries than it has, or another mask).
         overrides: changes such as "n_layers=8,d_model=192".
         max_length: the context must hold at least this many tokens; a preset's grows to it.
 
@@ -173,21 +174,28 @@ def fresh_model(
         CheckpointError: no such preset or checkpoint.
         OptionError: an override that does not exist or does not fit.
     """
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "bos", "eos", "pad")}
     if name_or_path in PRESETS:
-        ids = {
-            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("mask", "bos", "eos", "pad")
-        }  # fmt: skip
         settings = {**PRESETS[name_or_path], "vocab_size": len(tokenizer), **ids}
         longest = "max_position_embeddings" if is_mixture(settings) else "max_sequence_length"
         settings[longest] = max(settings[longest], max_length or 0)
     else:
-        settings = load_config(name_or_path).to_dict()
+        config = load_config(name_or_path)
+        settings = config.to_dict()
+        if not fits(config, tokenizer):
+            settings |= {"vocab_size": len(tokenizer), "embedding_size": None, **ids}
     kind = LLaDAMoEConfig if is_mixture(settings) else LLaDAConfig
     settings = {**settings, **_read_overrides(overrides, kind.__annotations__)}
     settings.pop("dtype", None)
     model = AutoModelForMaskedLM.from_config(kind(**settings), dtype=torch.float32)
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def fits(config: LLaDAConfig | LLaDAMoEConfig, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model of this configuration reads this tokenizer's ids: it has a row for each, and the same mask."""
+    rows = getattr(config, "embedding_size", None) or config.vocab_size
+    return len(tokenizer) <= rows and config.mask_token_id in (None, tokenizer.mask_token_id)
 
 
 def _read_overrides(text: str | None, annotations: Mapping[str, str]) -> dict[str, Any]:

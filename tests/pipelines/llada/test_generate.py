@@ -385,7 +385,9 @@ def test_one_prompt_in_place_of_a_list_is_an_error(front_door: Any, prompt: Any)
 
 
 def test_a_prompt_of_ids_has_one_axis() -> None:
-    with pytest.raises(OptionError, match=r"A prompt of ids has one axis, \[length\]; this one has shape \(1, 2\)"):
+    with pytest.raises(
+        OptionError, match=r"A prompt of ids has one axis, \[length\], and whole numbers; this one has shape \(1, 2\)"
+    ):
         llada.generate(model(), TOKENIZER, [torch.tensor([[7, 8]])])
 
 
@@ -396,3 +398,21 @@ def test_model_and_tokenizer_must_agree_on_the_mask(front_door: Any) -> None:
     with pytest.raises(CheckpointError, match=r"mask_token_id=None and the tokenizer says None: they must agree"):
         front_door(model(mask_token_id=None), None, [[7, 8]])
     assert front_door(model(mask_token_id=None, max_sequence_length=256), TOKENIZER, [[7, 2]], steps=1).sequences
+
+
+def test_ids_that_the_model_does_not_have_are_refused() -> None:
+    with pytest.raises(OptionError, match="prompt 1 holds the token id 256, and the model has ids 0 to 255"):
+        llada.generate(golden_model("llada_dense"), None, [[1], [2, 256]], gen_length=2)
+    with pytest.raises(OptionError, match="input 0 holds the token id -1"):
+        llada.infilling(golden_model("llada_dense"), None, [[-1, 250]])
+
+
+def test_arrays_of_numpy_are_prompts_too() -> None:
+    import numpy as np
+
+    given = [np.array([5, 6, 7]), torch.tensor([5, 6, 7]), [5, 6, 7]]
+    a, b, c = llada.generate(golden_model("llada_dense"), None, given, gen_length=4).sequences
+    assert torch.equal(a, b)
+    assert torch.equal(b, c)
+    with pytest.raises(OptionError, match="whole numbers"):
+        llada.generate(golden_model("llada_dense"), None, [np.array([0.5])], gen_length=4)

@@ -208,9 +208,9 @@ def test_a_fresh_model_is_fp32_and_says_what_it_is() -> None:
 
 
 def test_a_fresh_model_of_a_half_precision_checkpoint_is_fp32(checkpoint: Path) -> None:
-    model = llada.fresh_model(rewrite(checkpoint, dtype="bfloat16"), TOKENIZER)
+    model = llada.fresh_model(rewrite(checkpoint, dtype="bfloat16", mask_token_id=2), TOKENIZER)
     assert model.dtype == torch.float32
-    assert model.config.mask_token_id == 250  # a checkpoint's ids are its own
+    assert (model.config.vocab_size, model.config.eos_token_id) == (256, 251)  # a checkpoint's ids are its own
 
 
 def test_overrides_change_a_preset() -> None:
@@ -256,3 +256,20 @@ def test_an_unknown_preset_is_an_error_that_lists_them() -> None:
         CheckpointError, match=r"no model folder 'tinny'.*a preset to pretrain from \(tiny, small, 50m, 1b, 8b"
     ):
         fresh("tinny")
+
+
+def test_the_folder_of_a_run_is_its_final_model(checkpoint: Path) -> None:
+    run = checkpoint.parent / "run[train:1]"
+    run.mkdir()
+    (run / "log.jsonl").touch()
+    checkpoint.rename(run / "checkpoint-final")
+    char_tokenizer().save_pretrained(run / "checkpoint-final")
+    assert load_config(run).n_layers == llada.load_model(run).config.n_layers == 2
+    assert llada.load_tokenizer(run).mask_token_id == TOKENIZER.mask_token_id
+
+
+def test_a_fresh_model_takes_the_vocabulary_of_a_tokenizer_that_does_not_fit(checkpoint: Path) -> None:
+    other = fresh(rewrite(checkpoint, vocab_size=50, embedding_size=50, mask_token_id=49))
+    assert (other.vocab_size, other.embedding_size, other.mask_token_id) == (len(TOKENIZER), len(TOKENIZER), 2)
+    padded = fresh(rewrite(checkpoint, vocab_size=100, embedding_size=128, mask_token_id=2))
+    assert (padded.vocab_size, padded.embedding_size, padded.mask_token_id) == (100, 128, 2)
