@@ -25,7 +25,7 @@ from dllm.errors import OptionError, did_you_mean
 
 Normalisation = Literal["token", "sequence", "batch"]
 CHUNK = 4096
-"""Rows whose logits are turned to fp32 at once."""
+"""Rows whose logits are turned to fp32 at once. It bounds the memory of evaluation; a backward keeps every part."""
 
 
 def masked_nll(logits_NV: Tensor, targets_N: Tensor) -> Tensor:

@@ -19,17 +19,15 @@ def rotary_tables(positions_BL: Tensor, head_dim: int, theta: float) -> tuple[Te
         theta: the base of the geometric series of wavelengths.
 
     Returns:
-        (cos, sin), each fp32 [B, 1, L, K]: the angles of the K/2 pairs, written twice, ready to broadcast over heads.
+        (cos, sin), each fp32 [B, 1, L, K/2]: the angles of the pairs, ready to broadcast over heads.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BL.device) / head_dim
     angles = positions_BL[:, None, :, None].float() * (1.0 / theta**exponents)
-    angles = torch.cat([angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
-def rotate(x_BHLK: Tensor, cos_B1LK: Tensor, sin_B1LK: Tensor) -> Tensor:
+def rotate(x_BHLK: Tensor, cos_B1Lk: Tensor, sin_B1Lk: Tensor) -> Tensor:
     """Turns each pair (x[i], x[i + K/2]) by its position's angle; computed in fp32, returned in the dtype of `x`."""
-    x = x_BHLK.float()
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cos_B1LK + turned * sin_B1LK).to(x_BHLK.dtype)
+    first, second = x_BHLK.float().chunk(2, dim=-1)
+    turned = (first * cos_B1Lk - second * sin_B1Lk, second * cos_B1Lk + first * sin_B1Lk)
+    return torch.cat(turned, dim=-1).to(x_BHLK.dtype)

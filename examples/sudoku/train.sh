@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How the model that ships inside dllm was made. About an hour on one core with avx512_bf16; Ctrl-C and the same command go on.
+# How the model that ships inside dllm was made. One to two hours on one core with avx512_bf16; Ctrl-C and the same command go on.
 set -euo pipefail
 out=${1:-models/sudoku9}
 dllm pretrain --model_name_or_path tiny --config_overrides n_layers=8 \

@@ -64,9 +64,8 @@ def test_the_default_model_writes_digits_where_blanks_were_and_nowhere_else() ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("clues", "exact"), [((36, 45), 0.95), ((30, 35), 0.85)])
+@pytest.mark.parametrize(("clues", "exact"), [((36, 50), 0.97), ((30, 35), 0.9)])
 def test_the_default_model_solves_puzzles_of_unseen_grids(clues: tuple[int, int], exact: float) -> None:
     model, tokenizer = llada.load_model(DEFAULT), llada.load_tokenizer(DEFAULT)
-    unseen = [puzzle for puzzle, _ in puzzles(9, "test", 100, clues=clues)]
-    # the model was chosen for 97 % and 90 % of a thousand: a hundred may be two per cent and more below
+    unseen = [puzzle for puzzle, _ in puzzles(9, "test", 200, clues=clues)]
     assert score(model, tokenizer, unseen).exact >= exact
