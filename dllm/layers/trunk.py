@@ -108,6 +108,8 @@ def logits_at(head: nn.Module, hidden_BLD: Tensor, logits_to_keep: int | Tensor)
     """
     hidden = hidden_BLD
     if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dtype != torch.bool and logits_to_keep.dim() != 1:
+            raise ValueError("logits_to_keep is a number, positions [n] that all rows share, or a boolean mask [B, L]")
         hidden = hidden[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden[:, logits_to_keep]
     elif logits_to_keep:
         hidden = hidden[:, -logits_to_keep:]

@@ -8,9 +8,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
 
 from dllm.errors import CheckpointError
 
+HUB_OPTIONS = ("revision", "token", "cache_dir")
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What is downloaded: no pickle, no code."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -42,6 +48,23 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise CheckpointError(f"{index} says that {name} holds {absent[0]}, and it does not: copy both again.")
         found |= header
     return found
+
+
+def hub_folder(name: str, **options: Any) -> Path:
+    """The files of a hub id, in the hub's cache on this machine: downloaded where they are not there yet.
+
+    Args:
+        name: such as GSAI-ML/LLaDA-8B-Instruct.
+        **options: `revision`, `token`, `cache_dir`.
+
+    Raises:
+        CheckpointError: there is no such id, or it can neither be reached nor found in the cache.
+    """
+    try:
+        return Path(snapshot_download(name, allow_patterns=WANTED, **options))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"The files of {name!r} could not be had from the hub: {reason}") from error
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:

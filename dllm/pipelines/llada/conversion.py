@@ -32,7 +32,7 @@ def convert(
     Args:
         name_or_path: a folder, a hub id or `builtin:NAME`.
         output_dir: a folder that does not exist or is empty.
-        dtype: of the written weights; "auto" keeps theirs.
+        dtype: of the written weights; "auto" takes what config.json says.
         max_shard_size: such as "5GB"; a model that is larger becomes several files and an index.
         adapter: a folder or hub id of a LoRA adapter to merge (needs the extra `peft`).
 

@@ -21,9 +21,10 @@ def resolve(name_or_path: str | Path) -> str:
     """
     name_or_path = str(name_or_path)
     if not name_or_path.startswith("builtin:"):
-        final = Path(name_or_path).expanduser() / FINAL
-        has_final = (final / "config.json").exists() and not (final.parent / "config.json").exists()
-        return str(final) if has_final else name_or_path
+        path = Path(name_or_path).expanduser()
+        if (path / FINAL / "config.json").exists() and not (path / "config.json").exists():
+            return str(path / FINAL)
+        return str(path) if name_or_path.startswith("~") else name_or_path
     name = name_or_path.removeprefix("builtin:")
     root = files("dllm.pipelines.llada").joinpath("embedded_models")
     there = [entry.name for entry in root.iterdir() if entry.is_dir()]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from dllm.errors import CheckpointError
@@ -40,6 +41,8 @@ class CheckpointInfo:
     """Those that one token goes through: of the experts, only the chosen ones."""
     embedding_parameters: int
     """Input embedding and head; once where they are one."""
+    linear_parameters: int
+    """Those of the blocks' linear layers, which quantisation packs; a mixture's experts are not among them."""
     dtype: str | None
     """Of the stored weights; None where there are none, or where they are not here."""
     stored_bytes: int | None
@@ -50,11 +53,13 @@ class CheckpointInfo:
         """Gigabytes (10^9 bytes) of weights for inference, and of weights, gradients and moments for training; without
         activations.
         """
-        inference = {f"inference, {name}": bytes_ * self.parameters / 1e9 for name, bytes_ in _INFERENCE.items()}
+        linear, rest = self.linear_parameters, self.parameters - self.linear_parameters
+        inference = {f"inference, {name}": (a * linear + b * rest) / 1e9 for name, (a, b) in _INFERENCE.items()}
         return inference | {f"training, {name}": b * self.parameters / 1e9 for name, b in TRAINING_BYTES.items()}
 
 
-_INFERENCE = {"float32": 4.0, "bfloat16": 2.0, "8 bit": 1.0, "4 bit": 0.5}
+_INFERENCE = {"float32": (4.0, 4.0), "bfloat16": (2.0, 2.0), "8 bit": (1.0, 2.0), "4 bit": (0.5, 2.0)}
+"""Bytes of a weight in the blocks' linear layers, and of any other: quantisation leaves embedding, head and experts in bf16."""
 
 
 def inspect(name_or_path: str) -> CheckpointInfo:
@@ -86,6 +91,11 @@ def inspect(name_or_path: str) -> CheckpointInfo:
         parameters=total,
         active_parameters=total - _resting(model, config),
         embedding_parameters=_embedding(model),
+        linear_parameters=sum(
+            module.weight.numel()
+            for module in model.modules()
+            if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+        ),
         dtype=", ".join(sorted({_SPELT.get(dtype, dtype) for dtype, _ in headers.values()})) or None,
         stored_bytes=stored,
         special_tokens={} if preset is not None else _special_tokens(name_or_path, config),

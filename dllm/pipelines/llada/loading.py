@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
-from dllm.pipelines.llada.checkpoint_files import read_header, tensor_headers
+from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, read_header, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
-from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig, is_mixture
+from dllm.pipelines.llada.models.configuration_llada import IMPLEMENTED, LLaDAConfig, is_mixture
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 from dllm.pipelines.llada.presets import PRESETS
 
@@ -33,38 +34,43 @@ def load_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         name_or_path: a folder, a hub id, or `builtin:NAME`.
-        **kwargs: passed to `from_pretrained` (dtype, device_map, attn_implementation, ...).
+        **kwargs: passed to `from_pretrained` (dtype, device_map, attn_implementation, ...); `revision`, `token` and `cache_dir`
+            are the hub's.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is not LLaDA's, a file of it is missing or damaged, or a tensor is
             missing or has another shape; no partial model is handed out.
-        OptionError: a dtype that does not exist.
+        OptionError: a dtype that does not exist, or an option that would run code.
     """
+    for never in ("trust_remote_code", "use_safetensors"):
+        if never in kwargs:
+            raise OptionError(
+                f"load_model takes no {never}: it reads safetensors alone and never runs a checkpoint's code."
+            )
+    hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
     name_or_path = str(name_or_path)
     path = resolve(name_or_path)
-    config = load_config(name_or_path)
+    config = load_config(name_or_path, **hub)
     if isinstance(kwargs.get("dtype"), str) and kwargs["dtype"] != "auto":
         kwargs["dtype"] = dtype_named(kwargs["dtype"])
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        headers = tensor_headers(folder)
-        # packed tensors have shapes of their own, and a base model's names lack the prefix: transformers compares those
-        if not hasattr(config, "quantization_config") and any(name.startswith("model.") for name in headers):
-            shapes = {name: shape for name, (_, shape) in headers.items()}
-            asked = public_shapes(config)
-            wrong = {n: (shapes[n], shape) for n, shape in asked.items() if shapes.get(n, shape) != shape}
-            _refuse_misfits(name_or_path, wrong, asked.keys() - shapes.keys(), folder)
-        path = str(folder)
+    folder = Path(path) if Path(path).is_dir() else hub_folder(path, **hub)
+    headers = tensor_headers(folder)
+    # packed tensors have shapes of their own, and a base model's names lack the prefix: transformers compares those
+    if not hasattr(config, "quantization_config") and any(name.startswith("model.") for name in headers):
+        shapes = {name: shape for name, (_, shape) in headers.items()}
+        asked = public_shapes(config)
+        wrong = {n: (shapes[n], shape) for n, shape in asked.items() if shapes.get(n, shape) != shape}
+        _refuse_misfits(name_or_path, wrong, asked.keys() - shapes.keys(), folder)
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
-            path,
+            str(folder),
             config=config,
             use_safetensors=True,
             output_loading_info=True,
             # transformers' own error names no tensor; its report does, and what is wrong is refused below
             **{**kwargs, "ignore_mismatched_sizes": True},
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"The weights of {name_or_path!r} could not be loaded: {_first_line(error)}") from error
     mismatched = {name: (tuple(stored), tuple(asked)) for name, stored, asked in report["mismatched_keys"]}
     _refuse_misfits(name_or_path, mismatched, report["missing_keys"])
@@ -123,15 +129,19 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def load_config(name_or_path: str | Path) -> LLaDAConfig | LLaDAMoEConfig:
+def load_config(name_or_path: str | Path, **hub: Any) -> LLaDAConfig | LLaDAMoEConfig:
     """A checkpoint's configuration.
+
+    Args:
+        name_or_path: a folder, a hub id, or `builtin:NAME`.
+        **hub: `revision`, `token`, `cache_dir`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not LLaDA's.
     """
     name_or_path = str(name_or_path)
     path = resolve(name_or_path)
-    local = Path(path).expanduser()
+    local = Path(path)
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or "[" in path
     if looks_local and not local.is_dir():
         presets = f" or a preset to pretrain from ({', '.join(PRESETS)})" if path.count("/") == 0 else ""
@@ -142,7 +152,7 @@ def load_config(name_or_path: str | Path) -> LLaDAConfig | LLaDAMoEConfig:
     if local.is_dir() and not (local / "config.json").exists():
         raise CheckpointError(f"The folder {name_or_path!r} has no config.json: it is not a checkpoint.")
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **hub)
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError) as error:  # TypeError: a string where a number should stand
@@ -185,6 +195,9 @@ def fresh_model(
         if not fits(config, tokenizer):
             settings |= {"vocab_size": len(tokenizer), "embedding_size": None, **ids}
     kind = LLaDAMoEConfig if is_mixture(settings) else LLaDAConfig
+    if kind is LLaDAConfig:
+        # said in full: what other code takes an absent key to mean may differ
+        settings = {**{key: values[0] for key, values in IMPLEMENTED.items() if values[0] is not None}, **settings}
     settings = {**settings, **_read_overrides(overrides, kind.__annotations__)}
     settings.pop("dtype", None)
     model = AutoModelForMaskedLM.from_config(kind(**settings), dtype=torch.float32)

@@ -12,6 +12,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from dllm.data.sudoku import puzzles
+from dllm.evaluation.sudoku import score
 from dllm.pipelines import llada
 
 MODEL = "builtin:sudoku9"
@@ -48,8 +50,8 @@ def quantised(bits: int) -> PreTrainedModel:
     return llada.load_model(MODEL, quantization_config=config, dtype=torch.float32)
 
 
-# rounding to 16 levels of a normal leaves some 10 % of a weight, to 256 levels of a row under 1 %; blocks add it up
-@pytest.mark.parametrize(("bits", "bound"), [(4, 0.3), (8, 0.05)])
+# NF4 rounds weights to 16 levels; the 8-bit product rounds a row's activations to 256 levels too, and eight blocks add it up
+@pytest.mark.parametrize(("bits", "bound"), [(4, 0.3), (8, 0.5)])
 def test_quantised_blocks_stay_near(bits: int, bound: float) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = quantised(bits)
@@ -63,3 +65,5 @@ def test_quantised_blocks_stay_near(bits: int, bound: float) -> None:
         logits = model(ids).logits.float()
     assert not torch.equal(logits, expected)
     assert (logits - expected).norm() < bound * expected.norm()
+    unseen = [puzzle for puzzle, _ in puzzles(9, "test", 20, clues=(36, 50))]
+    assert score(model, llada.load_tokenizer(MODEL), unseen, tokens_per_forward=4).exact >= 0.9

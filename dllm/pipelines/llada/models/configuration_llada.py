@@ -26,6 +26,7 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "rope": (True,),
     "rope_scaling": (None,),
     "scale_logits": (False, None),
+    "sliding_window": (None,),
     "attention_dropout": (0, None),
     "residual_dropout": (0, None),
     "embedding_dropout": (0, None),

@@ -12,9 +12,12 @@ from dllm.pipelines.llada.models.architecture import check_multiples, refuse_unk
 IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "attention_dropout": (0, None),
+    "clip_qkv": (None,),
     "hidden_act": ("silu",),
     "moe_router_enable_expert_bias": (False, None),
     "moe_router_score_function": ("softmax", None),
+    "n_shared_experts": (None, 0),
+    "num_shared_experts": (None, 0),
     "partial_rotary_factor": (1, None),
     "rope_scaling": (None,),
     "routed_scaling_factor": (1, None),
