@@ -2,8 +2,9 @@
 
 Shapes: B samples, L positions.
 
-A batch has `input_ids` int64 [B, L], `maskable` bool [B, L] and `sample` int64 [B]. There is no attention mask: pretraining
-rows are full, and in supervised fine-tuning the end-of-text padding is part of the text.
+A batch has `input_ids` int64 [B, L], `maskable` bool [B, L] and `sample` int64 [B]. In training there is no attention mask:
+pretraining rows are full, and in supervised fine-tuning the end-of-text padding is part of the text. Only where fine-tuning
+is evaluated, and the rows differ in length, there is an `attention_mask` bool [B, L].
 """
 
 from __future__ import annotations
@@ -48,10 +49,14 @@ class SFTCollator:
     Rows are padded with end-of-text to the longest of the batch (to `pad_to` where the rows bring it: the longest of the
     whole step). That padding is attended to, and it is part of the answer in loss and length: it is how the model learns
     to end (LLaDA, arXiv:2502.09992, section 2.3 and GUIDELINES).
+
+    Evaluation's rows stand for themselves: their answers end with their own end-of-turn, and padding is neither attended to
+    nor maskable. A loss over padding would be one of mostly trivial tokens, as many as the longest row makes them.
     """
 
     seed: int
     eos_token_id: int
+    evaluation: bool = False
 
     def answer(self, row: dict[str, Any], sample: int) -> tuple[int, int]:
         """(start, end) of the turn drawn for a sample: each of a conversation's turns is as likely."""
@@ -71,4 +76,10 @@ class SFTCollator:
             ids_BL[place, :end] = torch.tensor(row["input_ids"][:end])
             maskable_BL[place, :start] = False
         samples_B = torch.tensor([row["sample"] for row in rows])
-        return {"input_ids": ids_BL, "maskable": maskable_BL, "sample": samples_B}
+        batch = {"input_ids": ids_BL, "maskable": maskable_BL, "sample": samples_B}
+        if self.evaluation:
+            real_BL = torch.arange(longest) < torch.tensor([end for _, end in answers])[:, None]
+            batch["maskable"] = maskable_BL & real_BL
+            if not bool(real_BL.all()):
+                batch["attention_mask"] = real_BL
+        return batch

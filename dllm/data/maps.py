@@ -77,7 +77,7 @@ def sft_rows(
     def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
         out: dict[str, list[list[int]]] = {"input_ids": [], "turns": []}
         for messages in batch["messages"]:
-            _check_conversation(messages)
+            check_conversation(messages)
             encoded = tokenizer.apply_chat_template(
                 messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
             )
@@ -118,7 +118,16 @@ def _spans(marks: Iterable[int]) -> list[tuple[int, int]]:
     return spans
 
 
-def _check_conversation(messages: Any) -> None:
+def check_conversation(messages: Any, what: str = "A row's messages") -> None:
+    """Whether something is a conversation.
+
+    Args:
+        messages: anything.
+        what: how the error calls it.
+
+    Raises:
+        DataError: it is none.
+    """
     good = (
         isinstance(messages, list)
         and messages
@@ -129,6 +138,6 @@ def _check_conversation(messages: Any) -> None:
     )
     if not good:
         raise DataError(
-            f'A row\'s messages are {str(messages)[:80]!r}: they are a list like [{{"role": "user", "content": "..."}}, '
+            f'{what} are {str(messages)[:80]!r}: they are a list like [{{"role": "user", "content": "..."}}, '
             f'{{"role": "assistant", "content": "..."}}].'
         )

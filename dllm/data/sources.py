@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 
 from dllm.data.builtin import builtin_rows
+from dllm.data.maps import check_conversation
 from dllm.data.spec import SourceSpec, parse_dataset_args
 from dllm.errors import DataError
 
@@ -36,7 +37,7 @@ def load_splits(
 
     Raises:
         DataError: a source that does not exist, an unreadable file (with the line), a missing column (with those there
-            are), or a split that comes out empty.
+            are), a local row that is no conversation (with its place), or a split that comes out empty.
     """
     pairs = [_load_source(spec, column, source_column or column) for spec in parse_dataset_args(dataset_args)]
     trains = [train for train, _ in pairs]
@@ -147,9 +148,13 @@ def _read_file(path: Path, column: str, source_column: str) -> datasets.Dataset:
         raise DataError(f"{path} is empty.")
     if path.suffix == ".parquet":
         try:
-            return datasets.Dataset.from_parquet(str(path))
+            rows = datasets.Dataset.from_parquet(str(path))
         except Exception as error:  # pyarrow raises types of its own for each way in which a file can be broken
             raise DataError(f"{path} is not a readable parquet file: {error}") from error
+        if column == "messages" and source_column in rows.column_names:
+            for number, row in enumerate(rows.select_columns([source_column]), 1):
+                check_conversation(row[source_column], f"{path}, row {number}: the messages")
+        return rows
     if path.suffix == ".txt":
         return _from_rows(path, _text_rows, column, source_column)
     if path.suffix in (".jsonl", ".json"):
@@ -180,6 +185,10 @@ def _from_rows(path: Path, reader: Reader, column: str, source_column: str) -> d
         raise DataError(f"{path}: the rows do not have one shape: {error.__cause__ or error}") from error
 
 
+def _place(path: Path, number: int) -> str:
+    return f"{path}, {'row' if path.suffix == '.json' else 'line'} {number}"
+
+
 def _checked_rows(
     reader: Reader, column: str, source_column: str, path: Path, size: int, time: int
 ) -> Iterator[dict[str, Any]]:
@@ -188,14 +197,16 @@ def _checked_rows(
     for number, row in reader(path):
         if source_column not in row:
             raise DataError(
-                f"{path}, line {number}: there is no column {source_column!r}; the row has {', '.join(row)}. Name the right one "
-                f"with --{column}_column."
+                f"{_place(path, number)}: there is no column {source_column!r}; the row has {', '.join(row)}. Name the right "
+                f"one with --{column}_column."
             )
         value = row[source_column]
         if column == "text" and not isinstance(value, str):
             raise DataError(
-                f"{path}, line {number}: {source_column!r} is {str(value)[:60]!r}, and it has to be a string."
+                f"{_place(path, number)}: {source_column!r} is {str(value)[:60]!r}, and it has to be a string."
             )
+        if column == "messages":
+            check_conversation(value, f"{_place(path, number)}: the messages")
         yield {source_column: _role_and_content(value) if column == "messages" else value}
 
 

@@ -87,7 +87,8 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     pad_to: str = _help(
         "Fine-tuning pads the rows of a step with end-of-text to the longest of the step: of the whole step (global, so "
-        "that the loss does not depend on how it is split), or of each device's part of it (local, less work).",
+        "that the loss does not depend on how it is split), or of each device's part of it (local, less work). Evaluation's "
+        "rows are taken at their own lengths.",
         default="global",
     )
     optimizer: str = _help(
@@ -115,6 +116,14 @@ class TrainingArguments(transformers.TrainingArguments):
             self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
             self.ddp_find_unused_parameters = False  # every parameter takes part; looking for others costs a traversal
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"--{name} {getattr(self, name)}: it is 1 or more.")
+        if self.dataloader_persistent_workers:
+            raise OptionError(
+                "--dataloader_persistent_workers: workers that live on would keep the first epoch's order of the data; leave "
+                "this option out."
+            )
         super().__post_init__()
         check_normalisation(self.loss_normalisation)
         for name, allowed in (
@@ -134,6 +143,13 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"--train_sampling_strategy {self.train_sampling_strategy}: the order of the data is a keyed shuffle; "
                 f"leave this option out."
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        device: torch.device = super().device
+        # several processes on a CPU get cpu:0, a place to which torch.load, and so transformers 5.17, can restore nothing
+        return torch.device("cpu") if device.type == "cpu" else device
 
 
 def bf16_is_fast(cpu: bool) -> bool:

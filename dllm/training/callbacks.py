@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
@@ -16,6 +17,9 @@ import torch
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
+
+PASSED_ON_WITHIN = 2.0
+"""Seconds within which torch's launcher has passed a signal on."""
 
 
 class JsonLog(TrainerCallback):
@@ -148,17 +152,23 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         self.received: int | None = None
+        """The first signal that this process got."""
+        self.stopped_by: int | None = None
+        """The signal for which all processes stopped together; None where training came to its end."""
+        self._first = 0.0
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._first = number, time.monotonic()
+            print(
+                f"\n{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once) ...",
+                flush=True,
+            )
+        # a terminal sends Ctrl-C to the launcher too, which then passes it on: that is one Ctrl-C
+        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._first > PASSED_ON_WITHIN:
             signal.signal(number, self._before[number])
             raise KeyboardInterrupt
-        self.received = number
-        print(
-            f"\n{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once) ...",
-            flush=True,
-        )
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -168,13 +178,13 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        stop = self.received is not None
+        number = self.received or 0
         if args.world_size > 1:  # every rank must save at the same step
-            flag = torch.tensor([float(stop)], device=args.device)
-            torch.distributed.all_reduce(flag)
-            stop = bool(flag.item())
-            self.received = self.received or (signal.SIGTERM if stop else None)
-        if stop:
+            highest = torch.tensor(number, device=args.device)
+            torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+            number = int(highest)
+        if number:
+            self.stopped_by = number
             control.should_save = True
             control.should_training_stop = True
         return control

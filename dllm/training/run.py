@@ -5,6 +5,7 @@ Everything that can be wrong with the arguments, the data and the disk is found 
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import sys
@@ -36,8 +37,8 @@ from dllm.training.trainer import MaskedDiffusionTrainer
 FINAL = "checkpoint-final"
 DEFAULT_LENGTH = 1024
 """Tokens in a row, where nothing is said and the context holds them."""
-BYTES_A_PARAMETER = 12
-"""A checkpoint's weights and two optimiser moments in fp32."""
+BYTES_A_WEIGHT, BYTES_A_STATE = 4, 8
+"""A parameter in fp32, and an optimiser's two moments of it."""
 
 Task = Literal["pretrain", "sft"]
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -132,7 +133,7 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
     tokenizer, model, train, test = prepare(task, family, model_args, data_args)
     if args.eval_strategy != "no" and test is None:
         raise DataError(f"--eval_strategy {args.eval_strategy.value} needs test rows: write  NAME[train:N,test:M].")
-    _check_disk(Path(str(args.output_dir)), model)
+    check_disk(args, model, len(train))
 
     stop = StopOnSignal()
     trainer = family.trainer(
@@ -162,7 +163,7 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         )
     try:
         trainer.train(resume_from_checkpoint=resume)
-        if stop.received is None:
+        if stop.stopped_by is None:
             if test is not None:
                 trainer.evaluate()
             return _save(trainer, Path(str(args.output_dir)) / FINAL)
@@ -179,7 +180,7 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         print(
             f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto"
         )
-    raise SystemExit(128 + stop.received)
+    raise SystemExit(128 + stop.stopped_by)
 
 
 def prepare(
@@ -191,6 +192,11 @@ def prepare(
     if task == "sft" and preset:
         raise OptionError(
             f"{name!r} is a shape without weights: pretrain it first, then fine-tune the folder that it made."
+        )
+    if task == "sft" and str(model_args.tokenizer_name_or_path).startswith("bpe:"):
+        raise OptionError(
+            f"--tokenizer_name_or_path {model_args.tokenizer_name_or_path}: a BPE is trained in pretraining, and fine-tuning "
+            f"uses the tokenizer that the model was pretrained with. Leave the option out."
         )
     config = None if preset else family.load_config(name)
     context = DEFAULT_LENGTH if config is None else config.max_position_embeddings
@@ -218,11 +224,16 @@ def prepare(
 
 def make_collator(
     task: Task, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
-) -> Callable[[int, int], Any]:
-    """The collator of a task, once the seed and the size of a step are known."""
-    if task == "pretrain":
-        return lambda seed, group: PretrainingCollator(seed=seed, group=group, random_length=data_args.random_length)
-    return lambda seed, group: SFTCollator(seed=seed, eos_token_id=int(tokenizer.eos_token_id))
+) -> Callable[[int, int, bool], Any]:
+    """The collator of a task, once the seed, the size of a step, and whether it is for evaluation are known."""
+
+    def make(seed: int, group: int, evaluation: bool) -> Any:
+        if task == "pretrain":
+            share = 0.0 if evaluation else data_args.random_length
+            return PretrainingCollator(seed=seed, group=group, random_length=share)
+        return SFTCollator(seed=seed, eos_token_id=int(tokenizer.eos_token_id), evaluation=evaluation)
+
+    return make
 
 
 def check_output_dir(args: TrainingArguments) -> str | None:
@@ -282,15 +293,39 @@ def _given_checkpoint(folder: Path) -> str:
     return str(folder)
 
 
-def _check_disk(folder: Path, model: PreTrainedModel) -> None:
+def check_disk(args: TrainingArguments, model: PreTrainedModel, rows: int) -> None:
+    """Whether there is room for the checkpoints that are kept, the one being written, and the final model.
+
+    Raises:
+        OptionError: there is not.
+    """
+    folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    needed = BYTES_A_PARAMETER * sum(p.numel() for p in model.parameters())
+    weights = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters())
+    state = 0 if args.save_only_model else BYTES_A_STATE // BYTES_A_WEIGHT * weights
+    there = len(list(folder.glob("checkpoint-*[0-9]")))  # a run that goes on has used their room already
+    checkpoints = max(0, _checkpoints_at_once(args, rows) - there)
+    needed = checkpoints * (weights + state) + weights
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OptionError(
-            f"The disk of {folder} has {free / 1e9:.2f} GB free and one checkpoint takes about {needed / 1e9:.2f} GB: free some "
-            f"space, or name another --output_dir."
+            f"The disk of {folder} has {free / 1e9:.2f} GB free, and {checkpoints} more checkpoints of about "
+            f"{(weights + state) / 1e9:.2f} GB and the final model take {needed / 1e9:.2f} GB: free some space, keep fewer "
+            f"(--save_total_limit), or name another --output_dir."
         )
+
+
+def _checkpoints_at_once(args: TrainingArguments, rows: int) -> int:
+    """The most that lie on the disk together: the oldest is deleted once the newest is whole."""
+    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
+    if strategy == "no":
+        return 0
+    an_epoch = math.ceil(rows / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
+    every = {"steps": args.save_steps if args.save_steps >= 1 else args.save_steps * steps, "epoch": an_epoch}
+    saves = math.ceil(steps / max(1, every.get(strategy, 1)))
+    limit = args.save_total_limit or 0  # transformers deletes none for 0 either
+    return min(saves, limit + 1) if limit > 0 else saves
 
 
 def _save(trainer: MaskedDiffusionTrainer, folder: Path) -> Path:

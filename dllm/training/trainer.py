@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import SequentialSampler
+from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
@@ -43,12 +43,12 @@ class MaskedDiffusionTrainer(transformers.Trainer):
     """Trains a mask predictor.
 
     Args:
-        model: takes `input_ids` and `logits_to_keep` (bool [B, L]) and gives `logits` [N, V].
+        model: takes `input_ids`, `attention_mask` ([B, L] or None) and `logits_to_keep` (bool [B, L]), gives `logits` [N, V].
         args: the settings.
         processing_class: the tokenizer, saved with every checkpoint.
         train_dataset: rows that the collator understands.
         eval_dataset: likewise.
-        make_collator: gives the collator for (seed, samples of one step).
+        make_collator: gives the collator for (seed, samples of one step, whether it is for evaluation).
         **kwargs: of `transformers.Trainer`.
     """
 
@@ -62,29 +62,31 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         processing_class: PreTrainedTokenizerBase,
         train_dataset: Any,
         eval_dataset: Any | None,
-        make_collator: Callable[[int, int], Callable[[list[dict[str, Any]]], dict[str, Tensor]]],
+        make_collator: Callable[[int, int, bool], Callable[[list[dict[str, Any]]], dict[str, Tensor]]],
         **kwargs: Any,
     ) -> None:
         group = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.data_seed if args.data_seed is not None else args.seed
-        collator = make_collator(seed, group)
-        order = {"seed": seed, "length_of": getattr(collator, "length_of", None) if args.pad_to == "global" else None}
+        collator = make_collator(seed, group, False)
+        length_of = getattr(collator, "length_of", None) if args.pad_to == "global" else None
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
-            train_dataset=OrderedDataset(train_dataset, group=group, **order),
+            train_dataset=OrderedDataset(train_dataset, seed=seed, group=group, length_of=length_of),
             eval_dataset=None
             if eval_dataset is None
-            else OrderedDataset(eval_dataset, group=len(eval_dataset), shuffle=False, **order),
+            else OrderedDataset(eval_dataset, seed=seed, group=len(eval_dataset), shuffle=False),
             data_collator=collator,
             compute_metrics=_mean_loss,
             **kwargs,
         )
         self.tokens_seen = 0
         """Tokens of this process's batches since training began or went on, padding included."""
+        self.eval_collator = make_collator(seed, group, True)
         # ours is normalised over the whole accumulated batch already; transformers must not divide it again
         self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True  # how releases say it that do not look at the line above, such as 5.17
         if model.config.mask_token_id is None:  # some public files leave it to the tokenizer
             model.config.mask_token_id = processing_class.mask_token_id
         self.mask_token_id = int(model.config.mask_token_id)
@@ -99,6 +101,14 @@ class MaskedDiffusionTrainer(transformers.Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # OrderedDataset shuffles
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """transformers' own, with the collator of evaluation."""
+        training, self.data_collator = self.data_collator, self.eval_collator  # type: ignore[has-type]
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor | None:
         """The loss's denominator: over all accumulation steps, and over all ranks."""
         if not batch_samples:
@@ -111,7 +121,9 @@ class MaskedDiffusionTrainer(transformers.Trainer):
     def weighted_nll(self, model: nn.Module, inputs: dict[str, Tensor], plan: CorruptionPlan) -> WeightedNll:
         """One forward: masks a batch and scores the clean tokens at the masks."""
         noisy = plan.corrupt(inputs["input_ids"], inputs["maskable"], inputs["sample"], self.mask_token_id)
-        output = model(input_ids=noisy.xt_BL, logits_to_keep=noisy.masked_BL)
+        output = model(
+            input_ids=noisy.xt_BL, attention_mask=inputs.get("attention_mask"), logits_to_keep=noisy.masked_BL
+        )
         nll_N = masked_nll(output.logits, inputs["input_ids"][noisy.masked_BL])
         return WeightedNll(nll_N, noisy.weight_BL, noisy.masked_BL, getattr(output, "aux_loss", None))
 

@@ -94,6 +94,25 @@ def test_the_prompt_is_never_masked_and_padding_is_part_of_the_answer(
     assert batch["sample"].tolist() == [row["sample"] for row in given_rows]
 
 
+@given(st.lists(conversations(), min_size=1, max_size=5), st.integers(0, 2**40))
+def test_an_evaluated_row_is_what_it_is_alone(batch_rows: list[dict[str, Any]], first: int) -> None:
+    collate = SFTCollator(seed=5, eos_token_id=EOS, evaluation=True)
+    given_rows = [{**row, "sample": first + i} for i, row in enumerate(batch_rows)]
+    batch = collate(given_rows)
+    ends = [collate.length_of(row, row["sample"]) for row in given_rows]
+    assert batch["input_ids"].shape[1] == max(ends)
+    assert ("attention_mask" in batch) is (len(set(ends)) > 1)
+    for place, (row, end) in enumerate(zip(given_rows, ends, strict=True)):
+        alone = collate([row])
+        assert set(alone) == {"input_ids", "maskable", "sample"}
+        assert alone["input_ids"][0].tolist() == row["input_ids"][:end]
+        for key in ("input_ids", "maskable"):
+            assert torch.equal(batch[key][place, :end], alone[key][0])
+        assert not batch["maskable"][place, end:].any()
+        if "attention_mask" in batch:
+            assert batch["attention_mask"][place].tolist() == [True] * end + [False] * (max(ends) - end)
+
+
 @pytest.mark.parametrize("turns", [1, 2, 3, 5])
 def test_every_turn_is_drawn_as_often(turns: int) -> None:
     row = {"input_ids": list(range(2 * turns)), "turns": list(range(1, 2 * turns + 1))[: 2 * turns]}

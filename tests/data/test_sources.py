@@ -195,6 +195,24 @@ def test_an_unreadable_file_is_named_with_the_line(tmp_path: Path, name: str, co
         load_splits(str(tmp_path / name), column="text")
 
 
+@pytest.mark.parametrize("bad", [[], None, [{"role": "user", "content": None}], [{"role": "user"}], "a question"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet"])
+def test_a_row_that_is_no_conversation_is_named_with_its_place(tmp_path: Path, kind: str, bad: Any) -> None:
+    path, good = tmp_path / f"chats.{kind}", chat("a", "b")
+    rows = [good, good, {"messages": bad}, good]
+    if kind == "jsonl":
+        write_jsonl(path, rows)
+    elif kind == "json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    else:
+        if isinstance(bad, str):
+            rows = [{"messages": "a question"}]
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    place = f"chats.{kind}, {'line' if kind == 'jsonl' else 'row'} {1 if len(rows) == 1 else 3}: the messages are "
+    with pytest.raises(DataError, match=re.escape(place) + r".*: they are a list like \[\{\"role\": \"user\""):
+        load_splits(str(path), column="messages")
+
+
 def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": ["a"], "id": [1]}).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from system.workshop import BIN, environment, run
+from system.workshop import BIN, CPU_CONFIG, ROOT, environment, run
 
 from dllm.training.callbacks import read_log
+from dllm.training.checkpoints import fault
 
 pytestmark = pytest.mark.system
 
@@ -26,12 +29,12 @@ COMMAND = [
 ]
 
 
-def start(out: Path, *options: str) -> subprocess.Popen[str]:
+def start(out: Path, *options: str, command: Sequence[str] = COMMAND) -> subprocess.Popen[str]:
     """Starts training; its outputs go to a file, for a full pipe would hold it up."""
     with out.with_suffix(".out").open("w") as shown:
         # a session of its own, as a terminal gives: the signal must not reach this test
         return subprocess.Popen(
-            [*COMMAND, str(out), *options],
+            [*command, str(out), *options],
             stdin=subprocess.DEVNULL,
             stdout=shown,
             stderr=subprocess.STDOUT,
@@ -134,3 +137,26 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert process.wait(timeout=120) == 130
     assert "dllm pretrain: stopped." in shown.read_text()
     assert checkpoints(out) == []
+
+
+def test_ctrl_c_on_two_processes_leaves_a_whole_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    out, steps = tmp_path / "run", "60"
+    script = str(ROOT / "examples" / "llada" / "pt.py")
+    launch = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / CPU_CONFIG), script, *COMMAND[2:-1]]
+    command = [*launch, "--max_steps", steps, "--save_strategy", "no", "--output_dir"]
+    process = start(out, command=command)
+    wait_for_step(process, out, 5)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, which passes it on, and to both ranks
+    assert process.wait(timeout=60) != 0
+    shown = out.with_suffix(".out").read_text()
+    (stopped,) = checkpoints(out)
+    assert 5 <= stopped < int(steps)
+    assert fault(out / f"checkpoint-{stopped}") is None
+    assert (out / f"checkpoint-{stopped}" / "rng_state_1.pth").exists()
+    assert shown.count("SIGINT: saving a checkpoint after this step") == 2
+    assert f"Stopped at step {stopped}. Go on with the same command" in shown
+    assert "KeyboardInterrupt" not in shown
+
+    run([*command, str(out)], tmp_path)
+    assert [row["step"] for row in read_log(out / "log.jsonl") if "loss" in row] == list(range(1, int(steps) + 1))
+    assert (out / "checkpoint-final").exists()

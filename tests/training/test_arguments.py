@@ -62,6 +62,13 @@ def test_bf16_is_on_where_it_is_fast_unless_said_otherwise(tmp_path: Path) -> No
         ({"optimizer": "sgd"}, "--optimizer 'sgd' does not exist: it is adamw or muon."),
         ({"min_time": 0.5, "max_time": 0.5}, "--min_time 0.5 --max_time 0.5: 0 <= min_time < max_time <= 1 is needed."),
         ({"min_time": -0.1}, "--min_time -0.1 --max_time 1.0: 0 <= min_time"),
+        ({"per_device_train_batch_size": 0}, "--per_device_train_batch_size 0: it is 1 or more."),
+        ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size 0: it is 1 or more."),
+        ({"gradient_accumulation_steps": 0}, "--gradient_accumulation_steps 0: it is 1 or more."),
+        (
+            {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
+            "workers that live on would keep the firs",
+        ),
         ({"max_time": 1.5}, "--min_time 0.0 --max_time 1.5: 0 <= min_time"),
         (
             {"train_sampling_strategy": "group_by_length"},

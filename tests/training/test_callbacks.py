@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,13 +134,57 @@ def test_a_signal_ends_the_step_and_saves(
         control = stop.on_step_end(args, state(2), TrainerControl())
         assert control.should_save
         assert control.should_training_stop
-        assert stop.received == number
+        assert stop.received == stop.stopped_by == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), number)
     finally:
         stop.restore()
     assert signal.getsignal(number) is before
     assert f"{number.name}: saving a checkpoint after this step" in capsys.readouterr().out
+
+
+def test_a_launcher_that_passes_a_signal_on_has_not_sent_a_second_one(
+    args: TrainingArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    stop = StopOnSignal()
+    stop.on_train_begin(args, state(0), TrainerControl())
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr("dllm.training.callbacks.PASSED_ON_WITHIN", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        stop.restore()
+
+
+@pytest.mark.system
+def test_being_told_to_stop_is_no_signal(tmp_path: Path) -> None:
+    """Two ranks: one gets a signal, both stop for it, and the other's own first signal still is the first."""
+    script = """
+import os, signal, sys, torch
+from types import SimpleNamespace
+from transformers import TrainerControl, TrainerState
+from dllm.training.callbacks import StopOnSignal
+
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+args, state, stop = SimpleNamespace(world_size=2, device="cpu"), TrainerState(), StopOnSignal()
+stop.on_train_begin(args, state, TrainerControl())
+assert not stop.on_step_end(args, state, TrainerControl()).should_save
+if rank == 0:
+    os.kill(os.getpid(), signal.SIGINT)
+control = stop.on_step_end(args, state, TrainerControl())
+assert control.should_save and control.should_training_stop and stop.stopped_by == signal.SIGINT
+if rank == 1:
+    assert stop.received is None
+    os.kill(os.getpid(), signal.SIGINT)
+torch.distributed.destroy_process_group()
+"""
+    command = [sys.executable, "-c", script]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in (0, 1)]
+    assert [process.wait(timeout=60) for process in ranks] == [0, 0]
 
 
 def test_signals_are_given_back_once(args: TrainingArguments) -> None:

@@ -23,9 +23,10 @@ from dllm.data.builtin import builtin_rows
 from dllm.errors import CheckpointError, OptionError
 from dllm.pipelines import llada
 from dllm.pipelines.llada.trainer import LLADA, LLaDATrainer
+from dllm.training.arguments import TrainingArguments
 from dllm.training.callbacks import read_log
 from dllm.training.checkpoints import SEAL, fault
-from dllm.training.run import Family, check_output_dir, parse_arguments, run
+from dllm.training.run import Family, check_disk, check_output_dir, parse_arguments, run
 
 
 class AtStep(TrainerCallback):
@@ -251,9 +252,13 @@ def small_disk(folder: Path, size: str) -> Iterator[Callable[[str], object]]:
 @pytest.mark.parametrize("size", ["240k", "300k", "360k"])
 def test_a_full_disk_keeps_the_last_whole_checkpoint(tmp_path: Path, pretrained: Done, size: str) -> None:
     argv = [*PRETRAIN, "--save_steps", "1", "--save_total_limit", "9", "--output_dir", str(tmp_path / "disk" / "run")]
-    with small_disk(tmp_path / "disk", size) as resize:
+    with small_disk(tmp_path / "disk", "4m") as resize:
+
+        def shrink() -> None:  # not before training, which would not begin
+            assert resize(size)
+
         with pytest.raises(CheckpointError, match=r"The disk of .*/run is full .*--resume_from_checkpoint auto"):
-            llada.pretrain(argv)
+            run("pretrain", family_with(AtStep(1, shrink)), argv)
         saved = list((tmp_path / "disk" / "run").glob("checkpoint-*"))
         assert saved
         assert [fault(path) for path in saved] == [None] * len(saved)
@@ -266,10 +271,45 @@ def test_a_disk_that_is_too_small_is_told_before_training(tmp_path: Path, monkey
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(
-        OptionError, match=r"The disk of .*run has 0.00 GB free and one checkpoint takes about 0.00 GB: f"
+        OptionError,
+        match=r"The disk of .*run has 0.00 GB free, and 2 more checkpoints of about 0.00 GB and the final model take 0.00 GB:"
+        r" free some space, keep fewer \(--save_total_limit\), or name another --output_dir.",
     ):
         llada.pretrain([*PRETRAIN, "--output_dir", str(tmp_path / "run")])
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "checkpoints", "bytes_each"),
+    [
+        ({}, 0, 3, 12),  # two are kept while the third is written
+        ({"save_total_limit": 1}, 0, 2, 12),
+        ({"save_total_limit": 5}, 0, 4, 12),  # more than there will ever be
+        ({"save_total_limit": None}, 0, 4, 12),
+        ({"save_total_limit": 0}, 0, 4, 12),
+        ({"save_steps": 0.5}, 0, 2, 12),
+        ({"save_strategy": "epoch", "save_total_limit": None, "max_steps": -1, "num_train_epochs": 5}, 0, 5, 12),
+        ({"save_only_model": True}, 0, 3, 4),
+        ({"save_strategy": "no"}, 0, 0, 0),
+        ({}, 2, 1, 12),  # those of a run that goes on have their room already
+        ({"save_total_limit": 1}, 3, 0, 0),
+    ],
+)
+def test_room_is_needed_for_what_lies_on_the_disk_at_once(
+    tmp_path: Path, model: Any, options: dict[str, Any], there: int, checkpoints: int, bytes_each: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=1, per_device_train_batch_size=2)
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", **{**settings, **options})
+    for step in range(there):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    needed = sum(p.numel() for p in model.parameters()) * (checkpoints * bytes_each + 4)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    check_disk(args, model, rows=7)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(OptionError, match=f"{checkpoints} more checkpoints"):
+        check_disk(args, model, rows=7)
 
 
 def test_without_a_length_the_context_or_1024_is_the_length(tmp_path: Path) -> None:

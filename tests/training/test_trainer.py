@@ -31,22 +31,25 @@ def weights(trainer: LLaDATrainer) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
 
 
-def obvious_losses(trainer: LLaDATrainer, rows: list[dict[str, Any]], plan: CorruptionPlan) -> Tensor:
-    """The loss of one global batch in fp64: every position's logits, then a sum token by token."""
-    batch = trainer.data_collator(rows)
-    noisy = plan.corrupt(batch["input_ids"], batch["maskable"], batch["sample"], trainer.mask_token_id)
+def obvious_losses(
+    trainer: LLaDATrainer, rows: list[dict[str, Any]], plan: CorruptionPlan, evaluation: bool = False
+) -> Tensor:
+    """The loss of one global batch in fp64: every position's logits, then a sum token by token.
+
+    Evaluation takes each row by itself, so that there is nothing to pad.
+    """
     model = copy.deepcopy(trainer.model).double()
-    logits = model(input_ids=noisy.xt_BL).logits
-    nll = -logits.log_softmax(-1).gather(-1, batch["input_ids"][..., None])[..., 0]
-    t = plan.sample_times(batch["sample"])
-    p = [(1 - 1e-3) * float(time) + 1e-3 for time in t]
-    return normalised_loss(
-        nll.detach().tolist(),
-        [[1 / p[i]] * batch["input_ids"].shape[1] for i in range(len(p))],
-        noisy.masked_BL.tolist(),
-        batch["maskable"].tolist(),
-        trainer.args.loss_normalisation,
-    )
+    nlls, weights, masked, maskable = [], [], [], []
+    collate = trainer.eval_collator if evaluation else trainer.data_collator
+    for batch in [collate([row]) for row in rows] if evaluation else [collate(rows)]:
+        noisy = plan.corrupt(batch["input_ids"], batch["maskable"], batch["sample"], trainer.mask_token_id)
+        logits = model(input_ids=noisy.xt_BL).logits
+        nlls += (-logits.log_softmax(-1).gather(-1, batch["input_ids"][..., None])[..., 0]).detach().tolist()
+        p = [(1 - 1e-3) * float(time) + 1e-3 for time in plan.sample_times(batch["sample"])]
+        weights += [[1 / each] * batch["input_ids"].shape[1] for each in p]
+        masked += noisy.masked_BL.tolist()
+        maskable += batch["maskable"].tolist()
+    return normalised_loss(nlls, weights, masked, maskable, trainer.args.loss_normalisation)
 
 
 # --- the loss ---
@@ -71,12 +74,18 @@ def test_a_step_does_not_depend_on_how_it_is_split(make_trainer: MakeTrainer, ta
         torch.testing.assert_close(other_final, final, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("newest", [True, False])
 @pytest.mark.parametrize("task", ["pretrain", "sft"])
 @pytest.mark.parametrize("normalisation", NORMALISATIONS)
-def test_the_logged_loss_is_the_formula(make_trainer: MakeTrainer, task: str, normalisation: str) -> None:
+def test_the_logged_loss_is_the_formula(make_trainer: MakeTrainer, task: str, normalisation: str, newest: bool) -> None:
+    class Older(LLaDATrainer):
+        loss_is_scaled_for_ga = property(
+            lambda self: None, lambda self, value: None
+        )  # transformers 5.17 has no such thing
+
     trainer = make_trainer(
-        task, max_steps=4, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.0,
-        loss_normalisation=normalisation,
+        kind=LLaDATrainer if newest else Older, task=task, max_steps=4, per_device_train_batch_size=2,
+        gradient_accumulation_steps=2, learning_rate=0.0, loss_normalisation=normalisation,
     )  # fmt: skip
     trainer.train()
     data, expected = trainer.train_dataset, []
@@ -98,8 +107,38 @@ def test_evaluation_is_the_exact_quotient_whatever_its_batch_size(
         losses.append(trainer.evaluate()["eval_loss"])
     rows = [trainer.eval_dataset[i] for i in range(7)]
     assert {row["sample"] for row in rows} == set(range(7))
-    exact = obvious_losses(trainer, rows, CorruptionPlan(group=7, seed=trainer.args.seed))
+    exact = obvious_losses(trainer, rows, CorruptionPlan(group=7, seed=trainer.args.seed), evaluation=True)
     torch.testing.assert_close(losses, [exact] * 4, rtol=1e-6, atol=0)
+
+
+def test_evaluation_cuts_no_row(make_trainer: MakeTrainer, rows_of: RowsOf) -> None:
+    test = rows_of("pretrain", 7, "test")
+    losses = []
+    for share, batch in ((0.0, 7), (1.0, 7), (1.0, 2), (0.5, 1)):
+        trainer = make_trainer(test=test, random_length=share, per_device_eval_batch_size=batch,
+                               per_device_train_batch_size=2)  # fmt: skip
+        losses.append(trainer.evaluate()["eval_loss"])
+        widths = {batch["input_ids"].shape[1] for batch in trainer.get_eval_dataloader()}
+        assert widths == {12}
+    torch.testing.assert_close(losses, losses[:1] * 4, rtol=1e-6, atol=0)
+    assert trainer.data_collator.random_length == 0.5  # training goes on cutting
+
+
+@pytest.mark.parametrize("pad_to", ["global", "local"])
+def test_an_evaluated_answer_does_not_depend_on_other_rows(
+    make_trainer: MakeTrainer, rows_of: RowsOf, pad_to: str
+) -> None:
+    rows = rows_of("sft", 7, "test").to_list()
+    last = rows[6]
+    outlier = {"input_ids": [*last["input_ids"], *last["input_ids"] * 2], "turns": [5, 3 * len(last["input_ids"])]}
+    shares = []
+    for test in (rows, [*rows[:6], outlier]):
+        trainer = make_trainer("sft", test=test, pad_to=pad_to, per_device_eval_batch_size=7)
+        (batch,) = trainer.get_eval_dataloader()
+        shares.append(trainer.prediction_step(trainer.model, batch, False)[1])
+    assert batch["input_ids"].shape[1] == len(outlier["input_ids"])
+    torch.testing.assert_close(shares[0][:6], shares[1][:6], rtol=1e-5, atol=0)
+    assert not torch.equal(shares[0][6], shares[1][6])
 
 
 def test_two_evaluations_of_one_model_are_equal(make_trainer: MakeTrainer, rows_of: RowsOf) -> None:
