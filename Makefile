@@ -38,7 +38,7 @@ lint: $(DEV) ## ruff and mypy
 
 quick: $(DEV) ## the default test suite: no GPU, no network
 	@echo "==> pytest: default suite (a minute or two)"
-	@$(BIN)/pytest $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 full: $(DEV) ## the system and the slow test suites
 	@echo "==> pytest: system and slow suites (some minutes)"

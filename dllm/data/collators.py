@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dllm.diffusion.noise import keyed_bits, keyed_uniform
+from dllm.diffusion.noise import Purpose, keyed_bits, keyed_uniform
 
-_CUT, _CUT_LENGTH, _TURN = 7, 8, 9  # which random numbers a key is for (1 to 6 are used elsewhere)
 Batch = dict[str, Tensor]
 
 
@@ -36,9 +35,9 @@ class PretrainingCollator:
         samples_B = torch.tensor([row["sample"] for row in rows])
         step_B = samples_B // self.group
         # rows of one step agree, whatever rank or micro-batch they are in
-        cut = keyed_uniform(self.seed, _CUT, step_B) < self.random_length
+        cut = keyed_uniform(self.seed, Purpose.CUT, step_B) < self.random_length
         if bool(cut.all()):
-            ids_BL = ids_BL[:, : int(keyed_bits(self.seed, _CUT_LENGTH, step_B[0]) % ids_BL.shape[1]) + 1]
+            ids_BL = ids_BL[:, : int(keyed_bits(self.seed, Purpose.CUT_LENGTH, step_B[0]) % ids_BL.shape[1]) + 1]
         return {"input_ids": ids_BL, "maskable": torch.ones_like(ids_BL, dtype=torch.bool), "sample": samples_B}
 
 
@@ -60,7 +59,7 @@ class SFTCollator:
 
     def answer(self, row: dict[str, Any], sample: int) -> tuple[int, int]:
         """(start, end) of the turn drawn for a sample: each of a conversation's turns is as likely."""
-        draw = int(keyed_bits(self.seed, _TURN, sample)) % (len(row["turns"]) // 2)
+        draw = int(keyed_bits(self.seed, Purpose.TURN, sample)) % (len(row["turns"]) // 2)
         return row["turns"][2 * draw], row["turns"][2 * draw + 1]
 
     def length_of(self, row: dict[str, Any], sample: int) -> int:

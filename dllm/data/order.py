@@ -8,9 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dllm.diffusion.noise import keyed_permutation
-
-_ORDER = 6  # which random numbers these are (1 to 5 are the corruption plan's and the sampler's)
+from dllm.diffusion.noise import Purpose, keyed_permutation
 
 
 class OrderedDataset(Dataset[dict[str, Any]]):
@@ -53,7 +51,7 @@ class OrderedDataset(Dataset[dict[str, Any]]):
         """Called by the data loader at the start of each epoch."""
         self.epoch = epoch
         self._order: Tensor | None = (
-            keyed_permutation(len(self.rows), self.seed, _ORDER, epoch) if self.shuffle else None
+            keyed_permutation(len(self.rows), self.seed, Purpose.DATA_ORDER, epoch) if self.shuffle else None
         )
         self._longest = (-1, 0)  # (first position of a step, its longest row)
 

@@ -19,10 +19,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.diffusion.noise import keyed_permutation, keyed_uniform
+from dllm.diffusion.noise import Purpose, keyed_permutation, keyed_uniform
 from dllm.diffusion.schedule import EPS, elbo_weight, mask_probability
-
-_TIME, _ORDER, _MASK = 1, 2, 3  # which of the plan's random numbers a key is for
 
 
 class Corrupted(NamedTuple):
@@ -86,14 +84,14 @@ class CorruptionPlan:
     def _unit_times(self, samples_B: Tensor) -> Tensor:
         """The same before it is stretched, in (0, 1)."""
         if self.times == "independent":
-            return keyed_uniform(self.seed, _TIME, samples_B)
+            return keyed_uniform(self.seed, Purpose.TIME, samples_B)
         step_B, place_B = samples_B // self.group, samples_B % self.group
         order_B = torch.empty_like(place_B)
         for step in step_B.unique().tolist():
             here = step_B == step
-            order = keyed_permutation(self.group, self.seed, _ORDER, step).to(place_B.device)
+            order = keyed_permutation(self.group, self.seed, Purpose.TIME_ORDER, step).to(place_B.device)
             order_B[here] = order[place_B[here]]
-        u_B = keyed_uniform(self.seed, _TIME, step_B)
+        u_B = keyed_uniform(self.seed, Purpose.TIME, step_B)
         return (u_B + order_B.to(u_B.dtype) / self.group) % 1.0  # a quotient of integers would be fp32
 
     def corrupt(self, ids_BL: Tensor, maskable_BL: Tensor, samples_B: Tensor, mask_token_id: int) -> Corrupted:
@@ -111,7 +109,7 @@ class CorruptionPlan:
         """
         t_B = self.sample_times(samples_B)
         positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        u_BL = keyed_uniform(self.seed, _MASK, samples_B[:, None], positions_L[None])
+        u_BL = keyed_uniform(self.seed, Purpose.MASK, samples_B[:, None], positions_L[None])
         if self.masking == "bernoulli":
             p_B1 = mask_probability(t_B, self.eps)[:, None]
             masked_BL = maskable_BL & (u_BL < p_B1)

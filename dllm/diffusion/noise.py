@@ -9,8 +9,35 @@ The mixer is the finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a
 
 from __future__ import annotations
 
+from enum import IntEnum, unique
+
 import torch
 from torch import Tensor
+
+
+@unique
+class Purpose(IntEnum):
+    """What a random number is for: the second integer of every key, after the seed. A new purpose takes a new number."""
+
+    TIME = 1
+    """The common offset of a step's times, or one sample's time."""
+    TIME_ORDER = 2
+    """Which sample of a step takes which time."""
+    MASK = 3
+    """Whether a token is masked."""
+    TOKEN = 4
+    """Gumbel noise of a candidate."""
+    RANK = 5
+    """The order in which random remasking commits."""
+    DATA_ORDER = 6
+    """The shuffle of an epoch."""
+    CUT = 7
+    """Whether a step's rows are cut."""
+    CUT_LENGTH = 8
+    """To which length."""
+    TURN = 9
+    """Which answer of a conversation is learnt."""
+
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit: torch has no unsigned arithmetic
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)

@@ -11,9 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.diffusion.noise import keyed_gumbel, keyed_uniform
-
-_TOKEN, _RANK = 4, 5  # which of the sampler's random numbers a key is for (1 to 3 are the corruption plan's)
+from dllm.diffusion.noise import Purpose, keyed_gumbel, keyed_uniform
 
 
 class Keys(NamedTuple):
@@ -51,7 +49,7 @@ def propose(logits_NV: Tensor, temperature: float, never: Sequence[int], keys: K
     if temperature > 0:
         vocabulary = torch.arange(logits_NV.shape[1], device=logits_NV.device)
         key = (keys.request_N[:, None], keys.position_N[:, None], keys.step_N[:, None], vocabulary[None])
-        gumbel_NV = keyed_gumbel(keys.seed, _TOKEN, *key)
+        gumbel_NV = keyed_gumbel(keys.seed, Purpose.TOKEN, *key)
         token_N = (logits_NV.to(gumbel_NV.dtype) / temperature + gumbel_NV).argmax(1)
         best_N = logits_NV.gather(1, token_N[:, None])[:, 0]
     else:
@@ -61,4 +59,4 @@ def propose(logits_NV: Tensor, temperature: float, never: Sequence[int], keys: K
 
 def chance(keys: Keys) -> Tensor:
     """Uniform numbers [N] that stand in for confidence where positions are committed in random order."""
-    return keyed_uniform(keys.seed, _RANK, keys.request_N, keys.position_N, keys.step_N).float()
+    return keyed_uniform(keys.seed, Purpose.RANK, keys.request_N, keys.position_N, keys.step_N).float()

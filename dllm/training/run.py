@@ -63,6 +63,8 @@ class Family:
     load_config: Callable[[str], Any]
     load_model: Callable[..., PreTrainedModel]
     fresh_model: Callable[..., PreTrainedModel]
+    fits: Callable[[Any, PreTrainedTokenizerBase], bool]
+    """(configuration, tokenizer): whether a model of the one reads the ids of the other."""
     trainer: type[MaskedDiffusionTrainer]
 
 
@@ -218,6 +220,11 @@ def prepare(
     elif model_args.config_overrides:
         raise OptionError("--config_overrides only changes a model that starts fresh: leave it out.")
     else:
+        if config is not None and not family.fits(config, tokenizer):
+            raise OptionError(
+                f"The tokenizer {model_args.tokenizer_name_or_path!r} is not that of {name!r}: it has {len(tokenizer)} entries "
+                f"and the mask {tokenizer.mask_token_id}, the model's mask is {config.mask_token_id}. Leave the option out."
+            )
         model = family.load_model(name, dtype="float32")
     return tokenizer, model, train_rows, test_rows
 

@@ -14,6 +14,7 @@ from training.commands import PRETRAIN, SFT, Done
 from dllm.data.builtin import builtin_rows
 from dllm.errors import CheckpointError, DataError, DllmError, OptionError
 from dllm.pipelines import llada
+from dllm.pipelines.llada.tokenizer import bpe_tokenizer
 from dllm.training.run import check_output_dir, parse_arguments
 
 
@@ -161,3 +162,10 @@ def test_an_output_folder_that_cannot_be_written_is_refused(
         args.output_dir = str(path)
         with pytest.raises(OptionError, match=re.escape(message)):
             check_output_dir(args)
+
+
+def test_fine_tuning_refuses_the_tokenizer_of_another_model(tmp_path: Path) -> None:
+    bpe_tokenizer(["some text"], 300).save_pretrained(tmp_path / "other")
+    options = ["--tokenizer_name_or_path", str(tmp_path / "other"), "--max_length", "400"]
+    message = f"The tokenizer '{tmp_path}/other' is not that of 'builtin:sudoku9': it has 26"
+    refuses("sft", [*SFT, "--output_dir", str(tmp_path / "run"), *options], OptionError, message)

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dllm.errors import OptionError
-from dllm.pipelines.llada.loading import fresh_model, load_config, load_model
+from dllm.pipelines.llada.loading import fits, fresh_model, load_config, load_model
 from dllm.pipelines.llada.presets import PRESETS
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer, char_tokenizer, load_tokenizer
 from dllm.training.run import Family, run
@@ -47,6 +47,7 @@ LLADA = Family(
     load_config=load_config,
     load_model=load_model,
     fresh_model=fresh_model,
+    fits=fits,
     trainer=LLaDATrainer,
 )
 
