@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PLOTS := $(VENV)/.installed-plots
 DEV := $(VENV)/.installed-dev
-# more options for pytest: make quick PYTEST_ARGS="-n 2 -x"
+# more options for pytest: make quick PYTEST_ARGS="-x -k sudoku"
 PYTEST_ARGS ?=
 
 # Without a working GPU, torch is held to the release of constraints-cpu.txt.
