@@ -2,7 +2,7 @@
 
 Use:
 
-    python benchmarks/attention_cpu.py --output benchmarks/results/attention_cpu.md
+    python benchmarks/attention_cpu.py --output benchmarks/results/attention_cpu_DATE.md
 
 It is where `EXPLICIT_CPU_POSITIONS` of `dllm/layers/attention.py` comes from. Both run in turns within one process; the figure
 to read is the ratio.
@@ -69,11 +69,21 @@ def main() -> None:
         arguments.output.write_text(
             f"# Explicit and fused attention on a CPU, bf16\n\n`python benchmarks/attention_cpu.py {' '.join(sys.argv[1:])}`: "
             f"{arguments.tokens} positions in all, {arguments.heads} heads of {arguments.head_dim}, median of {arguments.rounds} "
-            f"rounds in turns, {torch.get_num_threads()} threads of a {platform.machine()}, torch {torch.__version__}.\n\n"
+            f"rounds in turns, {torch.get_num_threads()} threads of a {processor()}, torch {torch.__version__}.\n\n"
             + "\n".join(lines)
             + "\n",
             encoding="utf-8",
         )
+
+
+def processor() -> str:
+    """What the processor calls itself, and the instructions that bf16 depends on."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    name = next(
+        (line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")), platform.machine()
+    )
+    fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
+    return " with ".join([name, *fast])
 
 
 if __name__ == "__main__":

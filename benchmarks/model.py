@@ -2,7 +2,7 @@
 
 Use:
 
-    python benchmarks/model.py --output benchmarks/results/model_cpu.md
+    python benchmarks/model.py --output benchmarks/results/model_cpu_DATE.md
 
 The baseline is `tests/reference/models.py`, the published blocks written out. Both run in turns within one process, so that a
 machine that others use slows both; the figure to read is the ratio.
@@ -89,7 +89,7 @@ def main() -> None:
     head = (
         f"# A forward and a backward on a CPU\n\n`python benchmarks/model.py {' '.join(sys.argv[1:])}`: {arguments.rows} x "
         f"{arguments.length} positions, median of {arguments.rounds} rounds in turns, {torch.get_num_threads()} threads of a "
-        f"{platform.machine()}, torch {torch.__version__}, transformers {transformers.__version__}.\n\n"
+        f"{processor()}, torch {torch.__version__}, transformers {transformers.__version__}.\n\n"
     )
     if arguments.output:
         arguments.output.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
@@ -119,6 +119,16 @@ def step(forward: Callable[[], torch.Tensor], backward: bool) -> float:
         if backward:
             logits.float().logsumexp(-1).mean().backward()
     return time.perf_counter() - began
+
+
+def processor() -> str:
+    """What the processor calls itself, and the instructions that bf16 depends on."""
+    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    name = next(
+        (line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")), platform.machine()
+    )
+    fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
+    return " with ".join([name, *fast])
 
 
 if __name__ == "__main__":

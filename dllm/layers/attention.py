@@ -5,7 +5,7 @@ Shapes: B batch, L positions, H query heads, G key/value heads, K head width.
 The kernel is chosen by the model's `attn_implementation` through transformers' attention interface (sdpa, eager,
 flash_attention_2, flex_attention, ...), so whatever is registered there works here. One choice is made on top:
 `sdpa` on a CPU in bf16 with few positions trains through the explicit product, which with its backward is 1.6 to 3.4
-times as fast there as torch's fused kernel (benchmarks/results/attention_cpu.md).
+times as fast there as torch's fused kernel (benchmarks/results/attention_cpu_2026-11-25.md).
 """
 
 from __future__ import annotations
