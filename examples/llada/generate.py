@@ -25,12 +25,14 @@ def main(argv: list[str]) -> None:
     mask = tokenizer.mask_token
 
     if arguments.model_name_or_path == "builtin:sudoku9":
-        # the model's texts are solved grids: 81 digits in row order
-        prompts = ["534678912672195348198342567859761423426853791713924856961537284", "123456789456789123"]
-        options.setdefault("gen_length", 18)
-        blanks = [
-            "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79".replace(".", mask)
+        # the model's texts are solved grids, 81 digits in row order, and end-of-text
+        prompts = [
+            "534678912672195348198342567859761423426853791713924856961537284",
+            "278451936643879521159632847917326458826745319435918762592183674",
         ]
+        options.setdefault("gen_length", 19)
+        puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
+        blanks = [puzzle.replace(".", mask) + str(tokenizer.eos_token)]
     else:
         prompts = [
             [{"role": "user", "content": "Lily can run 12 kilometers per hour for 4 hours. How far does she run?"}],
@@ -57,7 +59,7 @@ def main(argv: list[str]) -> None:
         options.pop(name, None)
     result = llada.infilling(model, tokenizer, blanks, **options)
     for text, filled in zip(blanks, result.texts, strict=True):
-        print(f"{text.replace(mask, '_')}\n  -> {filled}\n")
+        print(f"{text.replace(mask, '_').removesuffix(str(tokenizer.eos_token))}\n  -> {filled}\n")
     print(f"({result.nfe} forwards, {result.tokens_per_forward:.2f} tokens per forward)")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 from system.workshop import ROOT, Block, blocks, commands, make_workshop, marked, run
 
+from dllm.data.sudoku import is_solution
 from dllm.training.callbacks import read_log
 from dllm.training.run import parse_arguments
 
@@ -69,3 +71,13 @@ def test_the_evaluation_of_the_model_inside_prints_a_table(tmp_path: Path) -> No
     assert table[0] == "| clues | tokens per forward | forwards | exact |"
     assert [row.split(" | ")[0] for row in table[2:]] == ["| 36 to 50"] * 2 + ["| 30 to 35"] * 2
     assert [row.split(" | ")[2] for row in table[3::2]] == ["1.0"] * 2
+
+
+def test_without_a_model_the_one_inside_ends_grids_and_fills_one(tmp_path: Path) -> None:
+    shown = run("python examples/llada/generate.py", make_workshop(tmp_path))
+    pairs = re.findall(r"^([\d_]+)\n  -> (\d+)$", shown, flags=re.MULTILINE)
+    assert len(pairs) == 3
+    for given, written in pairs:
+        grid = written if "_" in given else given + written
+        puzzle = given.replace("_", ".").ljust(81, ".")
+        assert is_solution(puzzle, grid)
