@@ -90,9 +90,13 @@ def sft_rows(
 
     mapped = _map(rows, encode, workers, "encoding conversations")
     if not len(mapped):
+        if not any(message["role"] == "assistant" for messages in rows["messages"] for message in messages):
+            raise DataError(
+                f"None of {len(rows)} conversations has a message whose role is 'assistant': there is no answer to learn."
+            )
         raise DataError(
-            f"max_length={max_length} leaves no answer in any of {len(rows)} conversations (or none has an assistant turn): "
-            f"raise max_length to more than the prompts' length."
+            f"max_length={max_length} leaves no answer in any of {len(rows)} conversations: raise max_length to more than the "
+            f"prompts' length."
         )
     return mapped
 

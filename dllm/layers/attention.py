@@ -4,7 +4,7 @@ Shapes: B batch, L positions, H query heads, G key/value heads, K head width.
 
 The kernel is chosen by the model's `attn_implementation` through transformers' attention interface (sdpa, eager,
 flash_attention_2, flex_attention, ...), so whatever is registered there works here. One choice is made on top:
-`sdpa` on a CPU in bf16 with few positions trains through the explicit product, which with its backward is 1.6 to 3.4
+`sdpa` on a CPU in bf16 with few positions trains through the explicit product, which with its backward is 1.3 to 5.4
 times as fast there as torch's fused kernel (benchmarks/results/attention_cpu_2026-11-25.md).
 """
 
@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dllm.layers.rope import rotate
 
-EXPLICIT_CPU_POSITIONS = 128
+EXPLICIT_CPU_POSITIONS = 256
 """Up to this many positions the explicit product, with its backward, beats torch's fused kernel on a CPU in bf16."""
 
 
@@ -60,7 +60,7 @@ def explicit_attention(
             scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
         else:
             scores = scores + attention_mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+    weights = torch.softmax(scores, dim=-1)  # torch sums in fp32 and rounds once, without a copy in fp32
     mixed = torch.matmul(weights.view(B, G, H // G * L, -1), value)
     return mixed.view(B, H, L, K).transpose(1, 2), weights
 
@@ -80,9 +80,7 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
     """
     name = module.config._attn_implementation
     few_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= EXPLICIT_CPU_POSITIONS
-    if (
-        name == "sdpa" and few_on_cpu and torch.is_grad_enabled()
-    ):  # the fused forward alone is faster; its backward is not
+    if name == "sdpa" and few_on_cpu and torch.is_grad_enabled():  # of the forward alone, either may be the faster one
         return explicit_attention(module, query, key, value, attention_mask)[0]
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(name, explicit_attention)
     options: dict[str, Any] = {"dropout": 0.0, "scaling": module.scaling, "is_causal": False}

@@ -145,7 +145,7 @@ def test_the_explicit_product_in_bf16_is_torch_sdpa(
 
 
 @pytest.mark.parametrize(
-    ("length", "gradients", "explicit"), [(128, True, True), (129, True, False), (128, False, False)]
+    ("length", "gradients", "explicit"), [(256, True, True), (257, True, False), (256, False, False)]
 )
 def test_training_on_few_positions_in_bf16_takes_the_explicit_product(
     length: int, gradients: bool, explicit: bool
