@@ -120,6 +120,7 @@ def main(argv: Sequence[str]) -> None:
         f"  dllm generate                        the model that ships inside, on a 9x9 puzzle\n"
         f"  dllm sft --model_name_or_path {final} --dataset_args builtin:addition \\\n"
         f"      --max_length 64 --max_steps 300 --learning_rate 1e-3 --output_dir runs/addition\n"
+        f"                                       fine-tuning, shown on sums (that it adds right takes far longer)\n"
         f"  dllm pretrain --help                 your own text: --dataset_args my.jsonl\n"
         f"  examples/llada/README.md             the same on GPUs, with LLaDA-8B",
         soft_wrap=True,
