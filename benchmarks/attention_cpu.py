@@ -11,7 +11,6 @@ to read is the ratio.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from machine import processor
 from torch import Tensor
 
 from dllm.layers.attention import explicit_attention
@@ -74,16 +74,6 @@ def main() -> None:
             + "\n",
             encoding="utf-8",
         )
-
-
-def processor() -> str:
-    """What the processor calls itself, and the instructions that bf16 depends on."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    name = next(
-        (line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")), platform.machine()
-    )
-    fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
-    return " with ".join([name, *fast])
 
 
 if __name__ == "__main__":

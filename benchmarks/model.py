@@ -11,7 +11,6 @@ machine that others use slows both; the figure to read is the ratio.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+from machine import processor
 from reference.models import dense_logits, moe_logits
 
 from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
@@ -119,16 +119,6 @@ def step(forward: Callable[[], torch.Tensor], backward: bool) -> float:
         if backward:
             logits.float().logsumexp(-1).mean().backward()
     return time.perf_counter() - began
-
-
-def processor() -> str:
-    """What the processor calls itself, and the instructions that bf16 depends on."""
-    info = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    name = next(
-        (line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")), platform.machine()
-    )
-    fast = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in info]
-    return " with ".join([name, *fast])
 
 
 if __name__ == "__main__":
