@@ -12,6 +12,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def datasets_cache() -> Path:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if (
+        "torch" in sys.modules
+    ):  # models of random weights are the same in any order of the tests, on any number of processes
+        sys.modules["torch"].manual_seed(0)
     if item.get_closest_marker("gpu"):
         import torch
 
