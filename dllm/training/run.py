@@ -5,10 +5,12 @@ Everything that can be wrong with the arguments, the data and the disk is found 
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import datasets
+import torch
 from transformers import (
     HfArgumentParser,
     PreTrainedModel,
@@ -129,6 +132,17 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     model_args, data_args, args = parse_arguments(task, argv)
+    folder, stopped_by = _train(task, family, model_args, data_args, args)
+    leave_group()
+    if stopped_by is not None:
+        raise SystemExit(128 + stopped_by)
+    return folder
+
+
+def _train(
+    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
+) -> tuple[Path, int | None]:
+    """The folder of the final model, and the signal that stopped the run before there was one."""
     resume = check_output_dir(args)
     hide_bars(everywhere=args.process_index > 0)
     set_seed(args.seed)
@@ -168,7 +182,7 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         if stop.stopped_by is None:
             if test is not None:
                 trainer.evaluate()
-            return _save(trainer, Path(str(args.output_dir)) / FINAL)
+            _save(trainer, Path(str(args.output_dir)) / FINAL)
     except Exception as error:
         if no_room(error):
             raise CheckpointError(
@@ -178,11 +192,25 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
         raise
     finally:
         stop.restore()
-    if trainer.is_world_process_zero():
+    if stop.stopped_by is not None and trainer.is_world_process_zero():
         print(
             f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto"
         )
-    raise SystemExit(128 + stop.stopped_by)
+    return Path(str(args.output_dir)) / FINAL, stop.stopped_by
+
+
+def leave_group() -> None:
+    """Ends the process group, if there is one, before Python ends.
+
+    A thread of gloo's that still drops its last collective asks for Python's lock, and where Python has begun to end that
+    aborts the process (seen with torch 2.13 on a busy machine). Without references to the group its threads are joined; who
+    keeps one (DeepSpeed does) leaves the threads the moment that they need.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    gc.collect()  # the trainer and its model, which refer to each other
+    torch.distributed.destroy_process_group()
+    time.sleep(0.1)
 
 
 def prepare(
@@ -335,11 +363,10 @@ def _checkpoints_at_once(args: TrainingArguments, rows: int) -> int:
     return min(saves, limit + 1) if limit > 0 else saves
 
 
-def _save(trainer: MaskedDiffusionTrainer, folder: Path) -> Path:
+def _save(trainer: MaskedDiffusionTrainer, folder: Path) -> None:
     """The final model and tokenizer, and nothing of the run."""
     trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
         (folder / "training_args.bin").unlink(missing_ok=True)
         trainer.state.save_to_json(str(folder.parent / "trainer_state.json"))
         print(f"Saved the model and its tokenizer to {folder}")
-    return folder

@@ -55,12 +55,12 @@ IDS: dict[str, Any] = dict(mask_token_id=1, eos_token_id=2, pad_token_id=2)
 DENSE: dict[str, Any] = dict(d_model=1024, n_layers=5, n_heads=8, mlp_hidden_size=2816)
 MOE: dict[str, Any] = dict(
     hidden_size=512,
-    num_hidden_layers=3,
+    num_hidden_layers=12,  # one layer's experts lie beside the merged tensor while it is made: a twelfth of the weights
     num_attention_heads=8,
     num_experts=32,
     num_experts_per_tok=4,
-    expert_intermediate_size=480,
-    dense_intermediate_size=480,
+    expert_intermediate_size=110,
+    dense_intermediate_size=110,
 )
 
 
