@@ -19,22 +19,24 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from dllm.data.order import OrderedDataset
-from dllm.diffusion.corruption import CorruptionPlan
-from dllm.diffusion.objective import batch_count, masked_loss, masked_nll
+from dllm.diffusion.corruption import Corrupted, CorruptionPlan
+from dllm.diffusion.objective import batch_count, token_weights
 from dllm.training.arguments import TrainingArguments
 from dllm.training.checkpoints import seal
 from dllm.training.optimizers import build_muon
 
 
-class WeightedNll(NamedTuple):
+class Scored(NamedTuple):
     """What one forward gives the loss."""
 
+    loss: Tensor
+    """The sum of the cross-entropies by their weights, over `denominator`; with a gradient."""
     nll_N: Tensor
-    """fp32, in nats, at the masks in row order."""
-    weight_BL: Tensor
-    """fp32, 1 / p at the masks."""
-    masked_BL: Tensor
-    """bool, where the masks are."""
+    """fp32, in nats, at the masks in row order; without a gradient."""
+    weight_N: Tensor
+    """fp32, what each counts before the division."""
+    noisy: Corrupted
+    """The masked batch."""
     aux: Tensor | None
     """A mixture of experts' load-balancing loss, before its coefficient."""
 
@@ -43,7 +45,8 @@ class MaskedDiffusionTrainer(transformers.Trainer):
     """Trains a mask predictor.
 
     Args:
-        model: takes `input_ids`, `attention_mask` ([B, L] or None) and `logits_to_keep` (bool [B, L]), gives `logits` [N, V].
+        model: takes `input_ids`, `attention_mask` ([B, L] or None), `logits_to_keep` (bool [B, L]), `targets` [N] and
+            `target_weights` [N]; gives `loss` and `nll` [N].
         args: the settings.
         processing_class: the tokenizer, saved with every checkpoint.
         train_dataset: rows that the collator understands.
@@ -118,14 +121,21 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         total = torch.stack(counts).sum().float().to(device)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
 
-    def weighted_nll(self, model: nn.Module, inputs: dict[str, Tensor], plan: CorruptionPlan) -> WeightedNll:
+    def score(
+        self, model: nn.Module, inputs: dict[str, Tensor], plan: CorruptionPlan, denominator: Tensor | float
+    ) -> Scored:
         """One forward: masks a batch and scores the clean tokens at the masks."""
         noisy = plan.corrupt(inputs["input_ids"], inputs["maskable"], inputs["sample"], self.mask_token_id)
+        masked = noisy.masked_BL
+        weight_N = token_weights(noisy.weight_BL, masked, inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
         output = model(
-            input_ids=noisy.xt_BL, attention_mask=inputs.get("attention_mask"), logits_to_keep=noisy.masked_BL
+            input_ids=noisy.xt_BL,
+            attention_mask=inputs.get("attention_mask"),
+            logits_to_keep=masked,
+            targets=inputs["input_ids"][masked],
+            target_weights=weight_N / denominator,
         )
-        nll_N = masked_nll(output.logits, inputs["input_ids"][noisy.masked_BL])
-        return WeightedNll(nll_N, noisy.weight_BL, noisy.masked_BL, getattr(output, "aux_loss", None))
+        return Scored(output.loss, output.nll, weight_N, noisy, getattr(output, "aux_loss", None))
 
     def compute_loss(
         self,
@@ -135,15 +145,14 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The loss of this rank's micro-batch: its part of the sum, over the global batch's denominator."""
-        nll, weight, masked, aux = self.weighted_nll(model, inputs, self.train_plan)
-        part = masked_loss(nll, weight, masked, inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
         if num_items_in_batch is None:
             num_items_in_batch = batch_count(inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
         # data-parallel engines average gradients over ranks, and the denominator already spans them
-        loss = part / num_items_in_batch * self.args.world_size
-        if aux is not None:  # how even a micro-batch's load is; the mean over the step's micro-batches
+        scored = self.score(model, inputs, self.train_plan, num_items_in_batch / self.args.world_size)
+        loss = scored.loss
+        if scored.aux is not None:  # how even a micro-batch's load is; the mean over the step's micro-batches
             coefficient = self.model.config.router_aux_loss_coef
-            loss = loss + coefficient * aux / self.current_gradient_accumulation_steps
+            loss = loss + coefficient * scored.aux / self.current_gradient_accumulation_steps
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -156,14 +165,13 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         """Each row's share of the evaluation loss, [B, 2]: numerator and denominator, so that ranks add up exactly."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            nll, weight, masked, _ = self.weighted_nll(model, inputs, self.eval_plan)
-        row_N = masked.nonzero()[:, 0]
-        zeros = torch.zeros(len(masked), device=nll.device)
-        numerator_B = zeros.index_add(0, row_N, nll * weight[masked])
-        denominator_B = inputs["maskable"].sum(1).float()
-        if self.args.loss_normalisation != "token":
-            if self.args.loss_normalisation == "sequence":
-                numerator_B = numerator_B / denominator_B.clamp(min=1)
+            scored = self.score(model, inputs, self.eval_plan, 1.0)
+        row_N = scored.noisy.masked_BL.nonzero()[:, 0]
+        zeros_B = torch.zeros(len(inputs["maskable"]), device=row_N.device)
+        numerator_B = zeros_B.index_add(0, row_N, scored.nll_N * scored.weight_N)
+        if self.args.loss_normalisation == "token":
+            denominator_B = inputs["maskable"].sum(1).float()
+        else:
             denominator_B = inputs["maskable"].any(1).float()
         return numerator_B.sum() / denominator_B.sum(), torch.stack([numerator_B, denominator_B], 1), denominator_B
 

@@ -8,14 +8,32 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from reference.loss import Nll, any_order_loss, bernoulli_loss, exact_loss, normalised_loss, pattern_probability
-from torch import Tensor
+from reference.loss import (
+    Nll,
+    any_order_loss,
+    bernoulli_loss,
+    exact_loss,
+    normalised_loss,
+    pattern_probability,
+    plain_head_loss,
+)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from dllm.diffusion import objective
 from dllm.diffusion.corruption import CorruptionPlan
 from dllm.diffusion.noise import keyed_uniform
-from dllm.diffusion.objective import CHUNK, batch_count, check_normalisation, masked_loss, masked_nll
+from dllm.diffusion.objective import (
+    batch_count,
+    check_normalisation,
+    head_loss,
+    masked_loss,
+    masked_nll,
+    token_weights,
+)
 from dllm.diffusion.schedule import elbo_weight, mask_probability
 from dllm.errors import OptionError
 
@@ -126,7 +144,7 @@ def test_training_draws_have_the_enumerated_mean(
     ids = torch.tensor(ROW).expand(draws, -1)
     plan = CorruptionPlan(group=draws, masking=masking, min_time=low, max_time=high)
     xt, masked, weight, _ = plan.corrupt(ids, maskable, torch.arange(draws), MASK)
-    nll = masked_nll(table_logits(xt, seed)[masked], ids[masked])
+    nll = masked_nll(table_logits(xt, seed)[masked].float(), ids[masked])
     mean = masked_loss(nll, weight, masked, maskable, "batch") / batch_count(maskable, "batch")
 
     reference = table_nll(ROW, seed)
@@ -217,15 +235,108 @@ def test_a_batch_without_masks_has_loss_zero_and_a_gradient() -> None:
         loss.backward()
 
 
-@settings(max_examples=20)
-@given(st.sampled_from([0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3]), st.sampled_from(["float32", "bfloat16"]))
-def test_chunks_of_cross_entropy_are_the_whole(rows: int, dtype: str) -> None:
-    logits = (20 * keyed_uniform(2, torch.arange(rows)[:, None], torch.arange(4)) - 10).to(getattr(torch, dtype))
-    targets = torch.arange(rows) % 4
-    nll = masked_nll(logits, targets)
-    expected = -logits.double().log_softmax(1).gather(1, targets[:, None])[:, 0]
-    assert nll.dtype == torch.float32
-    torch.testing.assert_close(nll.double(), expected, rtol=1e-6, atol=1e-6)
+class CalledHead(nn.Linear):
+    """A head that is more than a weight, as adapters and quantisation make them."""
+
+
+def head_case(rows: int, dtype: torch.dtype, kind: str) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    head: nn.Module = nn.Embedding(11, 6) if kind == "tied" else nn.Linear(6, 11, bias=False)
+    if kind == "called":
+        head = CalledHead(6, 11, bias=False)
+    hidden = (3 * torch.randn(rows, 6)).to(dtype).requires_grad_()
+    return head.to(dtype), hidden, torch.arange(rows) * 7 % 11, 1 / (0.001 + torch.rand(rows))
+
+
+@pytest.mark.parametrize("kind", ["linear", "tied", "called"])
+@pytest.mark.parametrize("rows", [0, 1, 3, 4, 9])
+def test_the_loss_in_chunks_is_the_plain_loss_in_fp64(kind: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "chunk_rows", lambda vocabulary: 4)
+    head, hidden, targets, weights = head_case(rows, torch.float64, kind)
+    done = head_loss(head, hidden, targets, weights)
+    (done.loss * 0.3).backward()
+    mine = done.loss.detach(), done.nll_N, hidden.grad, head.weight.grad
+    hidden.grad = head.weight.grad = None
+    loss, nll = plain_head_loss(head.weight, hidden, targets, weights)
+    (loss * 0.3).backward()
+    assert done.loss.dtype == torch.float64
+    assert not done.nll_N.requires_grad
+    for ours, theirs in zip(mine, (loss.detach(), nll.detach(), hidden.grad, head.weight.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_in_low_precision_the_loss_is_near_the_one_in_fp64(
+    dtype: torch.dtype, tolerance: float, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objective, "chunk_rows", lambda vocabulary: 4)
+    head, hidden, targets, weights = head_case(9, torch.float32 if autocast else dtype, "linear")
+    weights = weights * 1e-6  # fp16 alone would lose them
+    with torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32):
+        done = head_loss(head, hidden, targets, weights)
+    (done.loss * 1024).backward()
+    assert done.loss.dtype == done.nll_N.dtype == torch.float32
+    mine = done.loss.detach(), hidden.grad, head.weight.grad
+    assert hidden.grad is not None
+    assert hidden.grad.dtype == hidden.dtype
+    wide_hidden, wide_head = hidden.detach().double().requires_grad_(), head.weight.detach().double().requires_grad_()
+    loss, _ = plain_head_loss(wide_head, wide_hidden, targets, weights)
+    (loss * 1024).backward()
+    for ours, theirs in zip(mine, (loss.detach(), wide_hidden.grad, wide_head.grad), strict=True):
+        assert ours is not None
+        assert theirs is not None
+        assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
+
+
+@pytest.mark.parametrize("trained", ["hidden", "head", "neither"])
+def test_what_is_frozen_costs_no_gradient(trained: str) -> None:
+    head, hidden, targets, weights = head_case(9, torch.float64, "linear")
+    head.weight.requires_grad_(trained == "head")
+    hidden.requires_grad_(trained == "hidden")
+    loss = head_loss(head, hidden, targets, weights).loss
+    assert loss.requires_grad == (trained != "neither")
+    if trained != "neither":
+        mine, theirs = (
+            torch.autograd.grad(each, head.weight if trained == "head" else hidden)[0]
+            for each in (loss, plain_head_loss(head.weight, hidden, targets, weights)[0])
+        )
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_no_tensor_is_as_large_as_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "chunk_rows", lambda vocabulary: 16)
+    head, hidden = nn.Linear(4, 512, bias=False), torch.randn(256, 4, requires_grad=True)
+    largest = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            largest.extend(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))
+            return out
+
+    with Watch():
+        head_loss(head, hidden, torch.zeros(256, dtype=torch.int64), torch.ones(256)).loss.backward()
+    assert max(largest) == 16 * 512  # one chunk; all rows are 256 x 512, and the head is 4 x 512
+
+
+@pytest.mark.parametrize("vocabulary", [12, 32_768, 126_464, 10_000_000])
+def test_chunks_bound_the_logits(vocabulary: int) -> None:
+    rows = objective.chunk_rows(vocabulary)
+    assert rows * vocabulary <= objective.CHUNK_ELEMENTS or rows == objective.LEAST_ROWS
+
+
+def test_documents_in_a_row_count_like_rows() -> None:
+    """Rows of 3, 2 and 4 positions, alone and packed into two rows of 6."""
+    documents = torch.tensor([[0, 0, 0, 1, 1, -1], [2, 2, 2, 2, -1, -1]])
+    maskable = torch.tensor([[0, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0]], dtype=torch.bool)
+    masked = torch.tensor([[0, 1, 0, 1, 1, 0], [0, 0, 0, 1, 0, 0]], dtype=torch.bool)
+    weight = torch.rand(2, 6)
+    alone = [tuple(x[documents == each][None] for x in (weight, masked, maskable)) for each in range(3)]
+    for normalisation in NORMALISATIONS:
+        counts = [batch_count(can, normalisation) for _, _, can in alone]
+        assert batch_count(maskable, normalisation, documents) == sum(counts)
+        expected = torch.cat([token_weights(*each, normalisation) for each in alone])
+        torch.testing.assert_close(token_weights(weight, masked, maskable, normalisation, documents), expected)
 
 
 @pytest.mark.parametrize("use", [check_normalisation, lambda name: batch_count(torch.ones(1, 1).bool(), name)])

@@ -9,6 +9,9 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
+from torch import Tensor
+
 Nll = Callable[[tuple[int, ...]], Sequence[float]]
 """From the row with masks to -log p(clean token) of each position, in nats."""
 
@@ -77,3 +80,12 @@ def normalised_loss(
     if normalisation == "batch":
         return sum(rows) / answers
     raise ValueError(normalisation)
+
+
+def plain_head_loss(
+    weight_VD: Tensor, hidden_ND: Tensor, targets_N: Tensor, weights_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(weighted sum, cross-entropies [N]) from all logits at once, by autograd."""
+    log_p_NV = (hidden_ND @ weight_VD.T).log_softmax(1)
+    nll_N = -log_p_NV[torch.arange(len(targets_N)), targets_N]
+    return (nll_N * weights_N).sum(), nll_N

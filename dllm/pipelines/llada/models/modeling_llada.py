@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutput
 
 from dllm.layers.attention import rotary_attention
 from dllm.layers.norm import RMSNorm
-from dllm.layers.trunk import encode, logits_at
+from dllm.layers.trunk import encode
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
+from dllm.pipelines.llada.models.scoring import LLaDAOutput, score
 
 
 class LLaDABlock(GradientCheckpointingLayer):
@@ -171,10 +172,12 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
+        target_weights: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> MaskedLMOutput:
-        """Logits, only where they are asked for. There is no loss here: `dllm.diffusion.objective` is its one home.
+    ) -> LLaDAOutput:
+        """Logits, only where they are asked for, or the loss of those positions without their logits.
 
         Args:
             input_ids: int64 [B, L].
@@ -183,11 +186,14 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             document_ids: see `LLaDAModel.forward`.
             inputs_embeds: see `LLaDAModel.forward`.
             logits_to_keep: which positions: see `dllm.layers.trunk.logits_at`.
+            targets: int64 [N], the clean tokens at a boolean mask's positions: asks for the loss in place of logits.
+            target_weights: fp32 [N], what each counts in the loss; 1 by default.
             output_hidden_states: see `LLaDAModel.forward`.
             return_dict: see `LLaDAModel.forward`.
 
         Returns:
-            `logits` [B, L, V], [B, n, V], or [N, V] for a boolean mask.
+            `logits` [B, L, V], [B, n, V], or [N, V] for a boolean mask; with targets `loss` and `nll` [N], see
+            `dllm.diffusion.objective.head_loss`.
         """
         output = self.model(
             input_ids=input_ids,
@@ -197,8 +203,8 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
         )
-        logits = logits_at(self.get_output_embeddings(), output.last_hidden_state, logits_to_keep)
-        return MaskedLMOutput(logits=logits, hidden_states=output.hidden_states)
+        scores = score(self.get_output_embeddings(), output.last_hidden_state, logits_to_keep, targets, target_weights)
+        return LLaDAOutput(**scores, hidden_states=output.hidden_states)
 
 
 AutoModel.register(LLaDAConfig, LLaDAModel, exist_ok=True)

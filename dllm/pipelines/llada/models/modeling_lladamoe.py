@@ -18,23 +18,19 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.utils import ModelOutput
 
 from dllm.layers.attention import rotary_attention
 from dllm.layers.experts import Experts, TopKRouter, load_balancing_loss
 from dllm.layers.norm import RMSNorm
-from dllm.layers.trunk import encode, logits_at
+from dllm.layers.trunk import encode
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
+from dllm.pipelines.llada.models.scoring import LLaDAOutput, score
 
 
 @dataclass
-class LLaDAMoEOutput(ModelOutput):
+class LLaDAMoEOutput(LLaDAOutput):
     """What `LLaDAMoEModelLM` gives."""
 
-    logits: Tensor | None = None
-    """[B, L, V], [B, n, V] or [N, V]: see `dllm.layers.trunk.logits_at`."""
-    hidden_states: tuple[Tensor, ...] | None = None
-    """Every block's input and the final states, each [B, L, D], if asked for."""
     router_logits: tuple[Tensor, ...] | None = None
     """[B * L, E] of every mixture, if asked for."""
     aux_loss: Tensor | None = None
@@ -209,11 +205,13 @@ class LLaDAMoEModelLM(LLaDAMoEPreTrainedModel):
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        targets: Tensor | None = None,
+        target_weights: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
     ) -> LLaDAMoEOutput:
-        """Logits, only where they are asked for, and what keeps the experts' load even.
+        """Logits, only where they are asked for, or the loss of those positions; and what keeps the experts' load even.
 
         Args:
             input_ids: int64 [B, L].
@@ -222,6 +220,8 @@ class LLaDAMoEModelLM(LLaDAMoEPreTrainedModel):
             document_ids: see `LLaDAMoEModel.forward`.
             inputs_embeds: see `LLaDAMoEModel.forward`.
             logits_to_keep: which positions: see `dllm.layers.trunk.logits_at`.
+            targets: see `LLaDAModelLM.forward`, as the next.
+            target_weights: fp32 [N].
             output_hidden_states: see `LLaDAMoEModel.forward`.
             output_router_logits: also return every router's logits; the configuration's value by default.
             return_dict: see `LLaDAMoEModel.forward`.
@@ -239,7 +239,7 @@ class LLaDAMoEModelLM(LLaDAMoEPreTrainedModel):
         if output.router_logits and (wanted or (self.training and self.config.router_aux_loss_coef)):
             aux = load_balancing_loss(output.router_logits, self.config.num_experts_per_tok, attention_mask)
         return LLaDAMoEOutput(
-            logits=logits_at(self.lm_head, output.last_hidden_state, logits_to_keep),
+            **score(self.lm_head, output.last_hidden_state, logits_to_keep, targets, target_weights),
             hidden_states=output.hidden_states,
             router_logits=output.router_logits if wanted else None,
             aux_loss=aux,
