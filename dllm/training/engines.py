@@ -49,12 +49,17 @@ def running(accelerator: Accelerator) -> str:
 
 
 def check_engine(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Whether the engine that was asked for is the one that runs: accelerate takes another one without a word.
+    """Whether the engine that was asked for is the one that runs, for accelerate may take another one without a word.
 
     Raises:
-        OptionError: it is not.
+        OptionError: it is not, or the optimiser cannot work with it.
     """
     asked = engine(args)
+    if args.optimizer == "muon" and asked != PLAIN:
+        raise OptionError(
+            f"--optimizer muon needs whole matrices, and {asked} gives each process parts of them: use adamw, or "
+            f"scripts/accelerate_configs/ddp.yaml."
+        )
     wanted = {"Z": DistributedType.DEEPSPEED, "F": DistributedType.FSDP}.get(asked[0])
     if wanted is not None and accelerator.distributed_type != wanted:
         raise OptionError(

@@ -25,7 +25,7 @@ from dllm.diffusion.objective import batch_count, masked_loss, masked_nll
 from dllm.training.arguments import TrainingArguments
 from dllm.training.checkpoints import UNFINISHED, put_in_place, rotate, seal
 from dllm.training.engines import write_topology
-from dllm.training.optimizers import build_muon
+from dllm.training.optimizers import build_muon, group_settings
 
 
 class WeightedNll(NamedTuple):
@@ -71,6 +71,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         seed = args.data_seed if args.data_seed is not None else args.seed
         collator = make_collator(seed, group, False)
         self._writing_to: Path | None = None
+        self._settings: list[dict[str, Any]] = []
         length_of = getattr(collator, "length_of", None) if args.pad_to == "global" else None
         super().__init__(
             model=model,
@@ -227,10 +228,22 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """transformers' own, and what ZeRO-3 mixes up when it loads a checkpoint of another number of processes."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
+                group.update(settings)  # it gave all groups those of the first
+            for state in self.optimizer.state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()  # and all tensors one counter, which each would then advance
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW by transformers, or Muon with AdamW."""
         if self.args.optimizer == "adamw" or self.optimizer is not None:  # type: ignore[has-type]
-            return super().create_optimizer(model)
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+            self._settings = group_settings(optimizer)
+            return optimizer
         whole = self.model if model is None else model
         optimizer = build_muon(
             whole,
