@@ -1,7 +1,8 @@
 """Which checkpoints are whole: a process can be killed, and a disk can fill up, in the middle of a save.
 
-The last file of a checkpoint, `files.json`, gives the size of every other. Without it, or where a size differs, a checkpoint
-is not whole, and `--resume_from_checkpoint auto` passes it over.
+A checkpoint is written into the folder `unfinished` and gets its place by a rename once it is whole. Its last file,
+`files.json`, gives the size of every other: without it, or where a size differs, as in a broken copy, a checkpoint is not
+whole, and `--resume_from_checkpoint auto` passes it over.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 SEAL = "files.json"
+UNFINISHED = "unfinished"
+"""The folder of an output folder in which everything is written first; what a killed run left there is worth nothing."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch.save does not pass on what the system said, only where its writer noticed
 _TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
@@ -50,6 +54,36 @@ def last_whole(folder: Path) -> Path | None:
     found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir())
     numbered = sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
     return next((path for _, path in numbered if fault(path) is None), None)
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether an output folder holds a checkpoint or a final model, whole or not."""
+    return any(folder.glob("checkpoint-*"))
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Gives a folder that is whole its name; what had that name before is deleted afterwards."""
+    old = unfinished.with_name(f"{folder.name}.old")
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(unfinished, folder)
+    shutil.rmtree(unfinished.parent, ignore_errors=True)
+
+
+def rotate(folder: Path, keep: int | None, best: str | None) -> None:
+    """Deletes the oldest checkpoints of an output folder.
+
+    Args:
+        folder: the output folder.
+        keep: how many stay; all for None or 0.
+        best: the folder of one that stays whatever its age.
+    """
+    found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
+    # by the time of saving: a run that went back to an earlier step writes the newest checkpoints under lower numbers
+    found.sort(key=lambda path: (path.stat().st_mtime, int(path.name.split("-")[1])))
+    spare = [path for path in found[:-1] if best is None or path != Path(best)]
+    for path in spare[: max(0, len(found) - keep) if keep and keep > 0 else 0]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def no_room(error: BaseException) -> bool:

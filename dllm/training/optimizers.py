@@ -107,3 +107,9 @@ def build_muon(
             if params
         ],
     )
+
+
+def group_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """What the command line decides of each parameter group: weight decay and the like; not its tensors and learning rate."""
+    changing = ("params", "lr", "initial_lr")
+    return [{key: value for key, value in group.items() if key not in changing} for group in optimizer.param_groups]

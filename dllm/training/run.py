@@ -27,6 +27,7 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
+from transformers.trainer_pt_utils import get_model_param_count
 
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
@@ -34,14 +35,13 @@ from dllm.data.sources import load_splits
 from dllm.errors import CheckpointError, DataError, DllmError, OptionError, did_you_mean
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
-from dllm.training.checkpoints import SEAL, fault, last_whole, no_room
+from dllm.training.checkpoints import SEAL, UNFINISHED, fault, has_checkpoints, last_whole, no_room, put_in_place
+from dllm.training.engines import check_engine, checkpoint_bytes, resumable, running, weight_bytes
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
 DEFAULT_LENGTH = 1024
 """Tokens in a row, where nothing is said and the context holds them."""
-BYTES_A_WEIGHT, BYTES_A_STATE = 4, 8
-"""A parameter in fp32, and an optimiser's two moments of it."""
 
 Task = Literal["pretrain", "sft"]
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -144,6 +144,7 @@ def _train(
 ) -> tuple[Path, int | None]:
     """The folder of the final model, and the signal that stopped the run before there was one."""
     resume = check_output_dir(args)
+    resume = None if resume is None else str(resumable(Path(resume), args))
     hide_bars(everywhere=args.process_index > 0)
     set_seed(args.seed)
     tokenizer, model, train, test = prepare(task, family, model_args, data_args)
@@ -160,6 +161,7 @@ def _train(
         eval_dataset=test,
         make_collator=make_collator(task, data_args, tokenizer),
     )
+    check_engine(args, trainer.accelerator)
     trainer.add_callback(stop)
     for theirs in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(theirs)
@@ -170,10 +172,10 @@ def _train(
     trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
     if trainer.is_world_process_zero():
         print(
-            f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} rows; a step is "
+            f"{task}: {get_model_param_count(model):,} parameters, {len(train):,} rows; a step is "
             f"{args.world_size} process{'es' * (args.world_size > 1)} x {args.train_batch_size} samples x "
             f"{args.gradient_accumulation_steps} accumulated; "
-            f"{f'{trainer.accelerator.distributed_type.value}, ' if args.world_size > 1 else ''}"
+            f"{f'{engine}, ' if (engine := running(trainer.accelerator)) else ''}"
             f"{'bf16' if args.bf16 else 'fp16' if args.fp16 else 'fp32'} on {args.device}",
             flush=True,
         )
@@ -289,6 +291,8 @@ def check_output_dir(args: TrainingArguments) -> str | None:
         empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
         if auto and folder.is_dir() and not empty:
             last = last_whole(folder)
+            if last is None and not has_checkpoints(folder) and _is_of_a_run(folder):
+                return None  # stopped before its first checkpoint
             if last is None:
                 raise OptionError(
                     f"--resume_from_checkpoint {resume}: {folder} holds no whole checkpoint to go on from. Name another folder, "
@@ -315,6 +319,11 @@ def check_output_dir(args: TrainingArguments) -> str | None:
     return None
 
 
+def _is_of_a_run(folder: Path) -> bool:
+    """Whether an output folder is one that a run began to write."""
+    return any((folder / name).exists() for name in ("log.jsonl", UNFINISHED))
+
+
 def _given_checkpoint(folder: Path) -> str:
     if not (folder / "trainer_state.json").exists():
         raise OptionError(
@@ -336,16 +345,16 @@ def check_disk(args: TrainingArguments, model: PreTrainedModel, rows: int) -> No
     """
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters())
-    state = 0 if args.save_only_model else BYTES_A_STATE // BYTES_A_WEIGHT * weights
+    parameters = get_model_param_count(model)
+    weights, checkpoint = weight_bytes(args) * parameters, checkpoint_bytes(args) * parameters
     there = len(list(folder.glob("checkpoint-*[0-9]")))  # a run that goes on has used their room already
     checkpoints = max(0, _checkpoints_at_once(args, rows) - there)
-    needed = checkpoints * (weights + state) + weights
+    needed = checkpoints * checkpoint + weights
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OptionError(
             f"The disk of {folder} has {free / 1e9:.2f} GB free, and {checkpoints} more checkpoints of about "
-            f"{(weights + state) / 1e9:.2f} GB and the final model take {needed / 1e9:.2f} GB: free some space, keep fewer "
+            f"{checkpoint / 1e9:.2f} GB and the final model take {needed / 1e9:.2f} GB: free some space, keep fewer "
             f"(--save_total_limit), or name another --output_dir."
         )
 
@@ -365,8 +374,14 @@ def _checkpoints_at_once(args: TrainingArguments, rows: int) -> int:
 
 def _save(trainer: MaskedDiffusionTrainer, folder: Path) -> None:
     """The final model and tokenizer, and nothing of the run."""
-    trainer.save_model(str(folder))
+    unfinished = folder.parent / UNFINISHED / folder.name
     if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink(missing_ok=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(unfinished))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        (unfinished / "training_args.bin").unlink(missing_ok=True)
+        put_in_place(unfinished, folder)
         trainer.state.save_to_json(str(folder.parent / "trainer_state.json"))
         print(f"Saved the model and its tokenizer to {folder}")

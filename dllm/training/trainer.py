@@ -16,14 +16,16 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput
 
 from dllm.data.order import OrderedDataset
 from dllm.diffusion.corruption import Corrupted, CorruptionPlan
 from dllm.diffusion.objective import batch_count, token_weights
 from dllm.training.arguments import TrainingArguments
-from dllm.training.checkpoints import seal
-from dllm.training.optimizers import build_muon
+from dllm.training.checkpoints import UNFINISHED, put_in_place, rotate, seal
+from dllm.training.engines import write_topology
+from dllm.training.optimizers import build_muon, group_settings
 
 
 class Scored(NamedTuple):
@@ -71,6 +73,8 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         group = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.data_seed if args.data_seed is not None else args.seed
         collator = make_collator(seed, group, False)
+        self._writing_to: Path | None = None
+        self._settings: list[dict[str, Any]] = []
         length_of = getattr(collator, "length_of", None) if args.pad_to == "global" else None
         super().__init__(
             model=model,
@@ -188,32 +192,66 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         if self.state.global_step < self.state.max_steps:
             super()._run_epoch(**kwargs)
 
+    def _get_output_dir(self, trial: Any) -> str:
+        """The output folder; while a checkpoint is written, the one inside it for what is not whole."""
+        return str(self._writing_to or super()._get_output_dir(trial))
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """transformers' checkpoint, sealed once every rank has written its files; a failed one is removed."""
-        run_folder = Path(self._get_output_dir(trial=trial))
-        folder = run_folder / f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:  # what an earlier run left there must not be mixed with this one
-            shutil.rmtree(folder, ignore_errors=True)
+        """transformers' checkpoint, sealed and put in its place once every rank has written its files; a failed one goes."""
+        name = f"checkpoint-{self.state.global_step}"
+        run_folder = Path(self._get_output_dir(trial))
+        unfinished, folder = run_folder / UNFINISHED / name, run_folder / name
+        if self.args.should_save:
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        self._writing_to = unfinished.parent
         # older checkpoints are deleted once this one is whole, and transformers would do it earlier
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(unfinished.parent, ignore_errors=True)
             raise
         finally:
-            self.args.save_total_limit = keep
+            self.args.save_total_limit, self._writing_to = keep, None
+        if self.state.best_global_step:  # transformers looked for it beside the unfinished one
+            best = run_folder / f"checkpoint-{self.state.best_global_step}"
+            if best == folder or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            seal(folder)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_folder), save_total_limit=keep, best_model_checkpoint=best, use_mtime=True)
+            self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
+            write_topology(unfinished, self.args)
+            seal(unfinished)
+            put_in_place(unfinished, folder)
+            rotate(run_folder, keep, self.state.best_model_checkpoint)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own; under FSDP it would write no model where each rank saves its part of the checkpoint."""
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = self.accelerator.get_state_dict(self.model)
+        self._save(output_dir or self.args.output_dir, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """transformers' own, and what ZeRO-3 mixes up when it loads a checkpoint of another number of processes."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.is_deepspeed_enabled:
+            for group, settings in zip(self.optimizer.param_groups, self._settings, strict=True):
+                group.update(settings)  # it gave all groups those of the first
+            for state in self.optimizer.state.values():
+                if isinstance(state.get("step"), Tensor):
+                    state["step"] = state["step"].clone()  # and all tensors one counter, which each would then advance
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW by transformers, or Muon with AdamW."""
         if self.args.optimizer == "adamw" or self.optimizer is not None:  # type: ignore[has-type]
-            return super().create_optimizer(model)
+            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+            self._settings = group_settings(optimizer)
+            return optimizer
         whole = self.model if model is None else model
         optimizer = build_muon(
             whole,

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
 from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, read_header, tensor_headers
@@ -80,7 +81,8 @@ def load_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
 def public_shapes(config: LLaDAConfig | LLaDAMoEConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of this configuration holds, in the public names; without memory."""
     with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(copy.deepcopy(config))
+        # not by from_config, which divides parameters over the processes at once under ZeRO-3
+        model = MODEL_FOR_MASKED_LM_MAPPING[type(config)](copy.deepcopy(config))
     tensors = revert_weight_conversion(model, model.state_dict())
     return {name: tuple(t.shape) for name, t in tensors.items() if name not in model.all_tied_weights_keys}
 
