@@ -52,6 +52,12 @@ def last_whole(folder: Path) -> Path | None:
     return next((path for _, path in numbered if fault(path) is None), None)
 
 
+def never_saved(folder: Path) -> bool:
+    """Whether a run began in an output folder and ended before its first checkpoint was whole."""
+    saved = (folder / "checkpoint-final").exists() or any(folder.glob(f"checkpoint-*/{SEAL}"))
+    return (folder / "log.jsonl").is_file() and not saved
+
+
 def no_room(error: BaseException) -> bool:
     """Whether something could not be written for want of space: a full disk, a quota, a limit of a file's size."""
     if isinstance(error, OSError):
