@@ -12,6 +12,7 @@ takes the options of `accelerate launch`, and shipped configurations by name.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -114,6 +115,8 @@ def tell_launcher(error: DllmError) -> bool:
 def launch(words: Sequence[str], name: str) -> int:
     """Runs `accelerate launch` in this process and passes signals on to the processes that it starts.
 
+    This process is meant to end with the status that it returns: from here on signals do nothing else.
+
     Args:
         words: the command line after `accelerate launch`.
         name: whom the errors name.
@@ -121,40 +124,35 @@ def launch(words: Sequence[str], name: str) -> int:
     Returns:
         The exit status: that of the process that failed first, 0 where none did.
     """
-    outcome = _Outcome()
-    # a daemon, so that a signal before there are processes can end this one
-    thread = threading.Thread(target=outcome.run, args=(words, name), name="accelerate launch", daemon=True)
-    os.environ[LAUNCHED] = "1"
-    before = {number: signal.signal(number, _pass_on) for number in PASSED_ON}
-    try:
-        thread.start()
-        thread.join()
-    finally:
-        del os.environ[LAUNCHED]
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if outcome.error is not None:
-        raise outcome.error
-    return outcome.status
-
-
-def _pass_on(number: int, frame: FrameType | None) -> None:
     import psutil
 
-    children = psutil.Process().children()
-    for child in children:
-        try:
-            child.send_signal(number)
-        except psutil.NoSuchProcess:
-            continue
-    if not children:  # nothing has begun
-        raise SystemExit(exit_status(number))
+    outcome = _Outcome()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        children = psutil.Process().children()
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        if not children and outcome.status is None:  # nothing has begun
+            raise SystemExit(exit_status(number))
+
+    os.environ[LAUNCHED] = "1"
+    for number in PASSED_ON:
+        signal.signal(number, pass_on)
+    # a daemon, so that a signal before there are processes can end this one
+    thread = threading.Thread(target=outcome.run, args=(words, name), name="accelerate launch", daemon=True)
+    thread.start()
+    thread.join()
+    del os.environ[LAUNCHED]
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.status or 0
 
 
 class _Outcome:
     """What came of a launch in a thread."""
 
-    status = 1
+    status: int | None = None
     error: BaseException | None = None
 
     def run(self, words: Sequence[str], name: str) -> None:

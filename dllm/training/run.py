@@ -9,6 +9,7 @@ import gc
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -143,7 +144,9 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
             raise SystemExit(2) from error
         raise
     if stopped_by is not None and args.world_size > 1:
-        # whoever ends first with such a status makes the launcher end the others, one of which may still be sealing
+        # who ends first with such a status makes the launcher end the others: not while one still seals its files, nor with
+        # another status
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         torch.distributed.barrier()
     leave_group()
     if stopped_by is not None:
