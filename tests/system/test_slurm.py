@@ -50,6 +50,11 @@ def wait_for_step(cluster: Cluster, job: str, out: str, step: int) -> None:
     wait_until(there, 120, f"step {step}")
 
 
+def start_soon(cluster: Cluster, job: str) -> None:
+    """A requeued job waits two minutes; not less than a second, in which its old run's permission to start ends."""
+    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now+2seconds")
+
+
 def the_checkpoint(cluster: Cluster, out: str) -> Path:
     (folder,) = (cluster.folder / out).glob("checkpoint-*")
     assert fault(folder) is None
@@ -114,14 +119,14 @@ def test_a_warned_job_and_a_preempted_one_go_on_by_themselves(cluster: Cluster) 
     first = int(the_checkpoint(cluster, "again").name.split("-")[1])
     assert 3 <= first < STEPS
 
-    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
+    start_soon(cluster, job)
     wait_for_step(cluster, job, "again", first + 3)
     other = cluster.submit('sbatch --partition=urgent --nodes=2 --gres=gpu:8 --output=/dev/null --wrap "true"')
     cluster.wait(other, "COMPLETED")
     cluster.wait(job, "PENDING")
     assert cluster.job(job)["Restarts"] == "2"
 
-    cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+    start_soon(cluster, job)
     cluster.wait(job, "COMPLETED")
     shown = cluster.log(job)
     assert shown.count("Stopped at step") == 2
