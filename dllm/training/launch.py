@@ -184,7 +184,7 @@ def _report(error: Any, name: str) -> int:
     """The status of the processes that failed; what went wrong is printed once."""
     told = [failure for failure in error.failures.values() if _is_told(failure)]
     if told:
-        print(f"{name}: {told[0].message}", file=sys.stderr)
+        print(f"{name}: {told[0].error_file_data['message']['message']}", file=sys.stderr)
         return int(told[0].exitcode)
     # the launcher ends the others with SIGTERM, and times of failures are whole seconds
     rank, failure = error.get_first_failure()

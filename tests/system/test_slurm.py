@@ -173,6 +173,8 @@ def test_what_ranks_find_wrong_is_said_once_a_node(cluster: Cluster) -> None:
         "sbatch --nodes=1 --gres=gpu:2 scripts/train.slurm.sh --accelerate_config ddp --script_path wrong.py"
     )
     cluster.wait(job, "FAILED")
-    assert cluster.log(job).count("--max-steps: invalid int value: 'few'") == 1
+    assert re.findall(r"(?m)^.*invalid int value.*$", cluster.log(job)) == [
+        "launch: argument --max_steps/--max-steps: invalid int value: 'few'. See  dllm pretrain --help"
+    ]
     assert cluster.job(job)["ExitCode"] == "2:0"
     assert signal.SIGTERM.name not in cluster.log(job)
