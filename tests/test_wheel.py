@@ -54,8 +54,10 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_holds_every_file_of_the_package_and_nothing_else(wheel: Path) -> None:
     inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    files = (path for path in (ROOT / "dllm").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    files = {path for path in (ROOT / "dllm").rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    files |= set((ROOT / "dllm/training/accelerate_configs").glob("*"))  # a link, which rglob does not follow
     assert inside == {path.relative_to(ROOT).as_posix() for path in files}
+    assert "dllm/training/accelerate_configs/ddp.yaml" in inside
     assert "dllm/py.typed" in inside
     assert any(name.startswith("dllm/data/assets/") for name in inside)
 

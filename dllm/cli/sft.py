@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 
 def main(argv: Sequence[str]) -> None:
-    """Fine-tunes from command-line arguments."""
-    from dllm.pipelines.llada.trainer import sft
+    """Fine-tunes from command-line arguments, in this process or in several of this machine."""
+    from dllm.training.launch import run_command
 
-    sft(argv)
+    def here(argv: Sequence[str]) -> None:
+        from dllm.pipelines.llada.trainer import sft
+
+        sft(argv)
+
+    run_command("sft", argv, here)

@@ -18,8 +18,13 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from dllm.training.launch import LAUNCHED
+
 PASSED_ON_WITHIN = 2.0
-"""Seconds within which torch's launcher has passed a signal on."""
+"""Seconds within which a launcher has passed a signal on."""
+_LAUNCHERS = {LAUNCHED, "TORCHELASTIC_RUN_ID"}
+"""Environment variables that ours and torch's set for their processes."""
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class JsonLog(TrainerCallback):
@@ -148,7 +153,11 @@ def hide_bars(everywhere: bool) -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C or SIGTERM ends the step in hand, saves a checkpoint to resume from, and stops; a second one stops at once."""
+    """Ctrl-C, SIGTERM or SIGUSR1 ends the step in hand, saves a checkpoint to resume from, and stops.
+
+    A second Ctrl-C stops at once. Schedulers send their signals more than once (at a warning, and at the end of the time that it
+    gave), so that a second SIGTERM or SIGUSR1 changes nothing.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -156,24 +165,28 @@ class StopOnSignal(TrainerCallback):
         self.stopped_by: int | None = None
         """The signal for which all processes stopped together; None where training came to its end."""
         self._first = 0.0
+        self._process = os.getpid()
         self._before: dict[int, Any] = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a worker that reads data: its process stops it
+            return
         if self.received is None:
             self.received, self._first = number, time.monotonic()
-            print(
-                f"\n{signal.Signals(number).name}: saving a checkpoint after this step (again: stop at once) ...",
-                flush=True,
-            )
+            again = " (again: stop at once)" if number == signal.SIGINT else ""
+            print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step{again} ...", flush=True)
         # a terminal sends Ctrl-C to the launcher too, which then passes it on: that is one Ctrl-C
-        elif "TORCHELASTIC_RUN_ID" not in os.environ or time.monotonic() - self._first > PASSED_ON_WITHIN:
+        elif number == signal.SIGINT and (
+            not _LAUNCHERS & set(os.environ) or time.monotonic() - self._first > PASSED_ON_WITHIN
+        ):
             signal.signal(number, self._before[number])
             raise KeyboardInterrupt
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._process = os.getpid()
+        self._before = {number: signal.signal(number, self._handle) for number in STOPPING}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

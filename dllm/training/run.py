@@ -9,6 +9,7 @@ import gc
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,11 +33,12 @@ from transformers.trainer_pt_utils import get_model_param_count
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
 from dllm.data.sources import load_splits
-from dllm.errors import CheckpointError, DataError, DllmError, OptionError, did_you_mean
+from dllm.errors import CheckpointError, DataError, DllmError, OptionError
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
 from dllm.training.checkpoints import SEAL, UNFINISHED, fault, has_checkpoints, last_whole, no_room, put_in_place
 from dllm.training.engines import check_engine, checkpoint_bytes, resumable, running, weight_bytes
+from dllm.training.launch import exit_status, no_such_option, options_help, tell_launcher
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
@@ -88,7 +90,9 @@ def parse_arguments(
         SystemExit: --help.
     """
     kinds = (ModelArguments, DataArguments, TrainingArguments)
-    parser = _Parser(kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task])
+    parser = _Parser(
+        kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task], epilog=options_help()
+    )
     # not None, for which transformers would write into a folder of its own choice
     parser.set_defaults(output_dir="", **TASK_DEFAULTS[task])
     try:
@@ -101,7 +105,7 @@ def parse_arguments(
         raise OptionError(str(error)) from error
     if unknown:
         names = {f"--{field.name}" for kind in kinds for field in fields(kind)}
-        raise OptionError(f"There is no option {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], names)}")
+        raise OptionError(no_such_option(unknown[0], f"dllm {task}", names))
     model_args, data_args, training_args = parsed
     if not 0 <= data_args.random_length <= 1:
         raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
@@ -129,13 +133,24 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
 
     Raises:
         DllmError: the arguments, the data, the checkpoint or the disk; before training starts.
-        SystemExit: 130 or 143 after Ctrl-C or SIGTERM, with a checkpoint saved.
+        SystemExit: 130, 143 or 85 after Ctrl-C, SIGTERM or SIGUSR1, with a checkpoint saved; 2 after an error that the
+            launcher shows.
     """
-    model_args, data_args, args = parse_arguments(task, argv)
-    folder, stopped_by = _train(task, family, model_args, data_args, args)
+    try:
+        model_args, data_args, args = parse_arguments(task, argv)
+        folder, stopped_by = _train(task, family, model_args, data_args, args)
+    except DllmError as error:
+        if tell_launcher(error):
+            raise SystemExit(2) from error
+        raise
+    if stopped_by is not None and args.world_size > 1:
+        # who ends first with such a status makes the launcher end the others: not while one still seals its files, nor with
+        # another status
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        torch.distributed.barrier()
     leave_group()
     if stopped_by is not None:
-        raise SystemExit(128 + stopped_by)
+        raise SystemExit(exit_status(stopped_by))
     return folder
 
 

@@ -119,7 +119,7 @@ def test_a_shown_line_says_in_words_what_was_logged(logs: dict[str, float], line
     assert log_line(3, 9, logs) == line
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_step_and_saves(
     args: TrainingArguments, number: signal.Signals, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,12 +135,28 @@ def test_a_signal_ends_the_step_and_saves(
         assert control.should_save
         assert control.should_training_stop
         assert stop.received == stop.stopped_by == number
+        os.kill(os.getpid(), signal.SIGTERM)  # a scheduler sends more than one
+        assert stop.received == number
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGINT)
     finally:
         stop.restore()
     assert signal.getsignal(number) is before
     assert f"{number.name}: saving a checkpoint after this step" in capsys.readouterr().out
+
+
+def test_a_worker_that_reads_data_leaves_signals_to_its_process(
+    args: TrainingArguments, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stop = StopOnSignal()
+    stop.on_train_begin(args, state(0), TrainerControl())
+    try:
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        stop._handle(signal.SIGUSR1, None)
+        assert stop.received is None
+        assert capsys.readouterr().out == ""
+    finally:
+        stop.restore()
 
 
 def test_a_launcher_that_passes_a_signal_on_has_not_sent_a_second_one(
