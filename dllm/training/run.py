@@ -32,6 +32,15 @@ from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
 from dllm.data.sources import load_splits
 from dllm.errors import CheckpointError, DataError, DllmError, OptionError, did_you_mean
+from dllm.training.adapters import (
+    ADAPTER_DEFAULTS,
+    AdapterArguments,
+    check_adapter,
+    check_resumed,
+    count_parameters,
+    load_to_train,
+    wants_adapter,
+)
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
 from dllm.training.checkpoints import SEAL, fault, last_whole, no_room
@@ -87,10 +96,12 @@ def parse_arguments(
         OptionError: an option that does not exist (with the nearest name), or a value that does not fit.
         SystemExit: --help.
     """
-    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    kinds = (ModelArguments, DataArguments, TrainingArguments, AdapterArguments)
     parser = _Parser(kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task])
     # not None, for which transformers would write into a folder of its own choice
     parser.set_defaults(output_dir="", **TASK_DEFAULTS[task])
+    if wants_adapter(argv):
+        parser.set_defaults(**ADAPTER_DEFAULTS[task])
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             None if argv is None else list(argv), return_remaining_strings=True
@@ -100,9 +111,9 @@ def parse_arguments(
     except ValueError as error:
         raise OptionError(str(error)) from error
     if unknown:
-        names = {f"--{field.name}" for kind in kinds for field in fields(kind)}
+        names = {f"--{field.name}" for kind in kinds for field in fields(kind) if field.init}
         raise OptionError(f"There is no option {unknown[0]!r}.{did_you_mean(unknown[0].split('=')[0], names)}")
-    model_args, data_args, training_args = parsed
+    model_args, data_args, training_args, model_args.adapter = parsed
     if not 0 <= data_args.random_length <= 1:
         raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
     if data_args.max_length is not None and data_args.max_length < 2:
@@ -144,9 +155,11 @@ def _train(
 ) -> tuple[Path, int | None]:
     """The folder of the final model, and the signal that stopped the run before there was one."""
     resume = check_output_dir(args)
+    check_adapter(model_args.adapter, args, resume)
     hide_bars(everywhere=args.process_index > 0)
     set_seed(args.seed)
-    tokenizer, model, train, test = prepare(task, family, model_args, data_args)
+    tokenizer, model, train, test = prepare(task, family, model_args, data_args, args)
+    check_resumed(model, resume)
     if args.eval_strategy != "no" and test is None:
         raise DataError(f"--eval_strategy {args.eval_strategy.value} needs test rows: write  NAME[train:N,test:M].")
     check_disk(args, model, len(train))
@@ -169,8 +182,10 @@ def _train(
     hide_bars(everywhere=True)
     trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
     if trainer.is_world_process_zero():
+        trained, whole = count_parameters(model)
         print(
-            f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} rows; a step is "
+            f"{task}: {whole:,} parameters, {f'{trained:,} of them trained, ' if trained < whole else ''}"
+            f"{len(train):,} rows; a step is "
             f"{args.world_size} process{'es' * (args.world_size > 1)} x {args.train_batch_size} samples x "
             f"{args.gradient_accumulation_steps} accumulated; "
             f"{f'{trainer.accelerator.distributed_type.value}, ' if args.world_size > 1 else ''}"
@@ -214,7 +229,7 @@ def leave_group() -> None:
 
 
 def prepare(
-    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments
+    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, datasets.Dataset, datasets.Dataset | None]:
     """Tokenizer, model, and rows of ids; cheap checks come first, weights last."""
     name = model_args.model_name_or_path
@@ -244,6 +259,10 @@ def prepare(
     train_rows = rows(train, max_length=max_length, workers=data_args.num_proc)
     test_rows = None if test is None else rows(test, max_length=max_length, workers=data_args.num_proc)
     if task == "pretrain" and not model_args.continue_from_weights:
+        if model_args.adapter.lora:
+            raise OptionError(
+                "--lora needs weights to adapt, and pretraining starts fresh: add --continue_from_weights."
+            )
         model = family.fresh_model(name, tokenizer, model_args.config_overrides, max_length)
     elif model_args.config_overrides:
         raise OptionError("--config_overrides only changes a model that starts fresh: leave it out.")
@@ -253,7 +272,7 @@ def prepare(
                 f"The tokenizer {model_args.tokenizer_name_or_path!r} is not that of {name!r}: it has {len(tokenizer)} entries "
                 f"and the mask {tokenizer.mask_token_id}, the model's mask is {config.mask_token_id}. Leave the option out."
             )
-        model = family.load_model(name, dtype="float32")
+        model = load_to_train(family.load_model, name, model_args.adapter, args)
     return tokenizer, model, train_rows, test_rows
 
 
@@ -336,7 +355,7 @@ def check_disk(args: TrainingArguments, model: PreTrainedModel, rows: int) -> No
     """
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = BYTES_A_WEIGHT * sum(p.numel() for p in model.parameters())
+    weights = BYTES_A_WEIGHT * count_parameters(model)[0]
     state = 0 if args.save_only_model else BYTES_A_STATE // BYTES_A_WEIGHT * weights
     there = len(list(folder.glob("checkpoint-*[0-9]")))  # a run that goes on has used their room already
     checkpoints = max(0, _checkpoints_at_once(args, rows) - there)
