@@ -27,6 +27,9 @@ ALL_LINEAR = "all-linear"
 ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {"pretrain": {}, "sft": {"learning_rate": 2.5e-4}}
 """What --lora changes in a task's defaults: an adapter starts from nothing and takes ten times the model's rate."""
 
+WHOLE = ("config.json", "model.safetensors")
+"""Files of the checkpoint of a model that is trained whole."""
+
 
 def _help(text: str, **kwargs: Any) -> Any:
     return field(metadata={"help": text}, **kwargs)
@@ -131,7 +134,8 @@ def check_adapter(adapter: AdapterArguments, args: TrainingArguments, resume: st
         OptionError: they do not.
         MissingExtraError: peft or bitsandbytes is not installed.
     """
-    if resume is not None and is_adapter(Path(resume)) != adapter.lora:
+    whole = resume is not None and any((Path(resume) / name).exists() for name in WHOLE)  # FSDP's has neither
+    if resume is not None and (whole if adapter.lora else is_adapter(Path(resume))):
         raise OptionError(
             f"--resume_from_checkpoint {resume}: that is a checkpoint of a model trained whole: leave --lora out."
             if adapter.lora
@@ -307,7 +311,7 @@ def check_resumed(model: Any, resume: str | None) -> None:
     Raises:
         OptionError: a setting differs.
     """
-    if resume is not None and hasattr(model, "peft_config"):
+    if resume is not None and hasattr(model, "peft_config") and is_adapter(Path(resume)):
         settings = model.peft_config[model.active_adapter].to_dict()
         _refuse_difference(settings, read_settings(Path(resume)), f"the adapter of --resume_from_checkpoint {resume}")
 

@@ -37,8 +37,11 @@ class ModelArguments:
     continue_from_weights: bool = _help(
         "Pretraining starts from the checkpoint's weights, not from fresh ones.", default=False
     )
-    adapter: AdapterArguments = field(init=False, default_factory=AdapterArguments)
-    """Whether an adapter is trained in place of the model; options of their own."""
+    adapter: AdapterArguments = field(
+        init=False,  # options of their own
+        default_factory=AdapterArguments,
+        metadata={"help": "Whether an adapter is trained in place of the model, and which."},
+    )
 
 
 @dataclass

@@ -25,6 +25,8 @@ from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, read_
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.models.configuration_llada import IMPLEMENTED, LLaDAConfig, is_mixture
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
+from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
+from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModelLM
 from dllm.pipelines.llada.presets import PRESETS
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -132,8 +134,11 @@ def _load_adapted(folder: Path, keep_adapter: bool, options: dict[str, Any]) -> 
 
 def public_shapes(config: LLaDAConfig | LLaDAMoEConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of this configuration holds, in the public names; without memory."""
+    kind = LLaDAModelLM if isinstance(config, LLaDAConfig) else LLaDAMoEModelLM
     with torch.device("meta"):
-        model = AutoModelForMaskedLM.from_config(copy.deepcopy(config))
+        model = kind(
+            copy.deepcopy(config)
+        )  # not from_config, which under ZeRO-3 would divide the tensors over processes
     tensors = revert_weight_conversion(model, model.state_dict())
     return {name: tuple(t.shape) for name, t in tensors.items() if name not in model.all_tied_weights_keys}
 
