@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import BitsAndBytesConfig, HfArgumentParser, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import get_model_param_count
 
 from dllm.errors import MissingExtraError, OptionError, did_you_mean
 from dllm.layers.adapters import QUANTISATION, import_peft, is_adapter, quiet, read_settings
@@ -332,9 +333,9 @@ def _saver(model: Any) -> Callable[..., None]:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """(those that are trained, all), packed ones counted as what they stand for."""
+    """(those that are trained, all), packed and divided ones counted as what they stand for."""
     if hasattr(model, "get_nb_trainable_parameters"):
         trained, whole = model.get_nb_trainable_parameters()
         return int(trained), int(whole)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = get_model_param_count(model)
     return count, count
