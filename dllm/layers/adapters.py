@@ -110,7 +110,7 @@ def merged(adapted: Any) -> Any:
     """
     try:
         with quiet():
-            return adapted.merge_and_unload(safe_merge=True)
+            return adapted.merge_and_unload(safe_merge=True).requires_grad_(True)  # peft froze it
     except ValueError as error:
         raise CheckpointError(f"The adapter could not be merged: {str(error).splitlines()[0]}") from error
 

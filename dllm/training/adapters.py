@@ -231,6 +231,10 @@ def adapt(model: Any, adapter: AdapterArguments, *, checkpointing: bool, name: s
         given = {f.name: value for f in fields(adapter) if (value := getattr(adapter, f.name)) != _default(f)}
         stored = model.peft_config[model.active_adapter].to_dict()
         _refuse_difference(given, stored, f"the adapter {name!r}, which is trained on,")
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # an evaluation on a CPU would repack bitsandbytes' weights for good, in a form that passes no gradient back
+            module.support_avx512bf16_for_cpu = False
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # peft leaves whole modules in the base's dtype
