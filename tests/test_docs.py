@@ -32,9 +32,10 @@ def test_links_lead_to_files(path: Path) -> None:
 
 @every_document
 def test_options_exist(path: Path) -> None:
+    from dllm.training.adapters import AdapterArguments
     from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 
-    settings = (ModelArguments, DataArguments, TrainingArguments, SamplingConfig)
+    settings = (ModelArguments, DataArguments, TrainingArguments, AdapterArguments, SamplingConfig)
     known = {f"--{field.name}" for kind in settings for field in dataclasses.fields(kind)}
     known |= {f"--{alias}" for alias in ALIASES} | {*RECIPE, *OF_OTHERS, "--help"}
     for source in (*(ROOT / "dllm/cli").glob("*.py"), *(ROOT / "examples").rglob("*.py")):

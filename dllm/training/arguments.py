@@ -10,6 +10,7 @@ import transformers
 
 from dllm.diffusion.objective import check_normalisation
 from dllm.errors import OptionError
+from dllm.training.adapters import AdapterArguments
 
 
 def _help(text: str, **kwargs: Any) -> Any:
@@ -35,6 +36,11 @@ class ModelArguments:
     )
     continue_from_weights: bool = _help(
         "Pretraining starts from the checkpoint's weights, not from fresh ones.", default=False
+    )
+    adapter: AdapterArguments = field(
+        init=False,  # options of their own
+        default_factory=AdapterArguments,
+        metadata={"help": "Whether an adapter is trained in place of the model, and which."},
     )
 
 

@@ -6,8 +6,6 @@ Everything that can be wrong with the arguments, the data and the disk is found 
 from __future__ import annotations
 
 import gc
-import math
-import os
 import shutil
 import signal
 import sys
@@ -28,17 +26,26 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
-from transformers.trainer_pt_utils import get_model_param_count
 
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
 from dllm.data.sources import load_splits
 from dllm.errors import CheckpointError, DataError, DllmError, OptionError
+from dllm.training.adapters import (
+    ADAPTER_DEFAULTS,
+    AdapterArguments,
+    check_adapter,
+    check_resumed,
+    count_parameters,
+    load_to_train,
+    wants_adapter,
+)
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
-from dllm.training.checkpoints import SEAL, UNFINISHED, fault, has_checkpoints, last_whole, no_room, put_in_place
-from dllm.training.engines import check_engine, checkpoint_bytes, resumable, running, weight_bytes
+from dllm.training.checkpoints import UNFINISHED, no_room, put_in_place
+from dllm.training.engines import check_engine, resumable, running
 from dllm.training.launch import exit_status, no_such_option, options_help, tell_launcher
+from dllm.training.output import check_disk, check_output_dir
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
@@ -89,12 +96,14 @@ def parse_arguments(
         OptionError: an option that does not exist (with the nearest name), or a value that does not fit.
         SystemExit: --help.
     """
-    kinds = (ModelArguments, DataArguments, TrainingArguments)
+    kinds = (ModelArguments, DataArguments, TrainingArguments, AdapterArguments)
     parser = _Parser(
         kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task], epilog=options_help()
     )
     # not None, for which transformers would write into a folder of its own choice
     parser.set_defaults(output_dir="", **TASK_DEFAULTS[task])
+    if wants_adapter(argv):
+        parser.set_defaults(**ADAPTER_DEFAULTS[task])
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             None if argv is None else list(argv), return_remaining_strings=True
@@ -104,9 +113,9 @@ def parse_arguments(
     except ValueError as error:
         raise OptionError(str(error)) from error
     if unknown:
-        names = {f"--{field.name}" for kind in kinds for field in fields(kind)}
+        names = {f"--{field.name}" for kind in kinds for field in fields(kind) if field.init}
         raise OptionError(no_such_option(unknown[0], f"dllm {task}", names))
-    model_args, data_args, training_args = parsed
+    model_args, data_args, training_args, model_args.adapter = parsed
     if not 0 <= data_args.random_length <= 1:
         raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
     if data_args.max_length is not None and data_args.max_length < 2:
@@ -160,9 +169,11 @@ def _train(
     """The folder of the final model, and the signal that stopped the run before there was one."""
     resume = check_output_dir(args)
     resume = None if resume is None else str(resumable(Path(resume), args))
+    check_adapter(model_args.adapter, args, resume)
     hide_bars(everywhere=args.process_index > 0)
     set_seed(args.seed)
-    tokenizer, model, train, test = prepare(task, family, model_args, data_args)
+    tokenizer, model, train, test = prepare(task, family, model_args, data_args, args)
+    check_resumed(model, resume)
     if args.eval_strategy != "no" and test is None:
         raise DataError(f"--eval_strategy {args.eval_strategy.value} needs test rows: write  NAME[train:N,test:M].")
     check_disk(args, model, len(train))
@@ -186,8 +197,10 @@ def _train(
     hide_bars(everywhere=True)
     trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
     if trainer.is_world_process_zero():
+        trained, whole = count_parameters(model)
         print(
-            f"{task}: {get_model_param_count(model):,} parameters, {len(train):,} rows; a step is "
+            f"{task}: {whole:,} parameters, {f'{trained:,} of them trained, ' if trained < whole else ''}"
+            f"{len(train):,} rows; a step is "
             f"{args.world_size} process{'es' * (args.world_size > 1)} x {args.train_batch_size} samples x "
             f"{args.gradient_accumulation_steps} accumulated; "
             f"{f'{engine}, ' if (engine := running(trainer.accelerator)) else ''}"
@@ -231,7 +244,7 @@ def leave_group() -> None:
 
 
 def prepare(
-    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments
+    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, datasets.Dataset, datasets.Dataset | None]:
     """Tokenizer, model, and rows of ids; cheap checks come first, weights last."""
     name = model_args.model_name_or_path
@@ -261,6 +274,10 @@ def prepare(
     train_rows = rows(train, max_length=max_length, workers=data_args.num_proc)
     test_rows = None if test is None else rows(test, max_length=max_length, workers=data_args.num_proc)
     if task == "pretrain" and not model_args.continue_from_weights:
+        if model_args.adapter.lora:
+            raise OptionError(
+                "--lora needs weights to adapt, and pretraining starts fresh: add --continue_from_weights."
+            )
         model = family.fresh_model(name, tokenizer, model_args.config_overrides, max_length)
     elif model_args.config_overrides:
         raise OptionError("--config_overrides only changes a model that starts fresh: leave it out.")
@@ -270,7 +287,7 @@ def prepare(
                 f"The tokenizer {model_args.tokenizer_name_or_path!r} is not that of {name!r}: it has {len(tokenizer)} entries "
                 f"and the mask {tokenizer.mask_token_id}, the model's mask is {config.mask_token_id}. Leave the option out."
             )
-        model = family.load_model(name, dtype="float32")
+        model = load_to_train(family.load_model, name, model_args.adapter, args)
     return tokenizer, model, train_rows, test_rows
 
 
@@ -286,105 +303,6 @@ def make_collator(
         return SFTCollator(seed=seed, eos_token_id=int(tokenizer.eos_token_id), evaluation=evaluation)
 
     return make
-
-
-def check_output_dir(args: TrainingArguments) -> str | None:
-    """Makes sure that the output folder can be written and holds nothing that would be lost.
-
-    Returns:
-        The checkpoint to resume from, if that was asked for.
-
-    Raises:
-        OptionError: none is given, it is not empty, it cannot be written, or there is no whole checkpoint to resume from.
-    """
-    if not args.output_dir:
-        raise OptionError("Give --output_dir, the folder for checkpoints and the final model.")
-    folder = Path(args.output_dir)
-    resume = args.resume_from_checkpoint
-    auto = isinstance(resume, str) and resume.lower() in ("auto", "true", "last")
-    try:
-        empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-        if auto and folder.is_dir() and not empty:
-            last = last_whole(folder)
-            if last is None and not has_checkpoints(folder) and _is_of_a_run(folder):
-                return None  # stopped before its first checkpoint
-            if last is None:
-                raise OptionError(
-                    f"--resume_from_checkpoint {resume}: {folder} holds no whole checkpoint to go on from. Name another folder, "
-                    f"or empty this one, and start anew."
-                )
-            return str(last)
-        if resume and not auto:
-            return _given_checkpoint(Path(resume))
-        if args.process_index == 0:
-            if not empty:
-                raise OptionError(
-                    f"--output_dir {folder} is not empty: name another folder, empty this one, or go on from its last "
-                    f"checkpoint with --resume_from_checkpoint auto."
-                    if folder.is_dir()
-                    else f"--output_dir {folder} is a file: name a folder."
-                )
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise OptionError(f"--output_dir {folder} cannot be written to. Name another folder.")
-    except OSError as error:
-        raise OptionError(
-            f"--output_dir {folder} cannot be made or read: {error.strerror}. Name another folder."
-        ) from error
-    return None
-
-
-def _is_of_a_run(folder: Path) -> bool:
-    """Whether an output folder is one that a run began to write."""
-    return any((folder / name).exists() for name in ("log.jsonl", UNFINISHED))
-
-
-def _given_checkpoint(folder: Path) -> str:
-    if not (folder / "trainer_state.json").exists():
-        raise OptionError(
-            f"--resume_from_checkpoint {folder}: that is no checkpoint folder. Say auto for the last one."
-        )
-    damage = fault(folder) if (folder / SEAL).exists() else None  # transformers' own Trainer seals none
-    if damage is not None:
-        raise OptionError(
-            f"--resume_from_checkpoint {folder}: that checkpoint is damaged: {damage}. Say auto for the last whole one."
-        )
-    return str(folder)
-
-
-def check_disk(args: TrainingArguments, model: PreTrainedModel, rows: int) -> None:
-    """Whether there is room for the checkpoints that are kept, the one being written, and the final model.
-
-    Raises:
-        OptionError: there is not.
-    """
-    folder = Path(str(args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    parameters = get_model_param_count(model)
-    weights, checkpoint = weight_bytes(args) * parameters, checkpoint_bytes(args) * parameters
-    there = len(list(folder.glob("checkpoint-*[0-9]")))  # a run that goes on has used their room already
-    checkpoints = max(0, _checkpoints_at_once(args, rows) - there)
-    needed = checkpoints * checkpoint + weights
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OptionError(
-            f"The disk of {folder} has {free / 1e9:.2f} GB free, and {checkpoints} more checkpoints of about "
-            f"{checkpoint / 1e9:.2f} GB and the final model take {needed / 1e9:.2f} GB: free some space, keep fewer "
-            f"(--save_total_limit), or name another --output_dir."
-        )
-
-
-def _checkpoints_at_once(args: TrainingArguments, rows: int) -> int:
-    """The most that lie on the disk together: the oldest is deleted once the newest is whole."""
-    strategy = str(getattr(args.save_strategy, "value", args.save_strategy))
-    if strategy == "no":
-        return 0
-    an_epoch = math.ceil(rows / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps))
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
-    every = {"steps": args.save_steps if args.save_steps >= 1 else args.save_steps * steps, "epoch": an_epoch}
-    saves = math.ceil(steps / max(1, every.get(strategy, 1)))
-    limit = args.save_total_limit or 0  # transformers deletes none for 0 either
-    return min(saves, limit + 1) if limit > 0 else saves
 
 
 def _save(trainer: MaskedDiffusionTrainer, folder: Path) -> None:

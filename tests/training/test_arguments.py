@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from dllm.errors import OptionError
+from dllm.training.adapters import AdapterArguments
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments, bf16_is_fast
 
 
@@ -83,8 +84,8 @@ def test_a_value_that_does_not_fit_is_refused(tmp_path: Path, options: dict[str,
 
 def test_every_option_that_we_add_or_change_has_a_help_text() -> None:
     theirs = {field.name: field for field in fields(transformers.TrainingArguments)}
-    for kind in (ModelArguments, DataArguments, TrainingArguments):
+    for kind in (ModelArguments, DataArguments, TrainingArguments, AdapterArguments):
         for field in fields(kind):
             if field.name not in theirs or field.default != theirs[field.name].default:
                 assert field.metadata["help"].endswith("."), field.name
-                assert field.default is not MISSING
+                assert field.default is not MISSING or field.default_factory is not MISSING

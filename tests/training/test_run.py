@@ -26,7 +26,8 @@ from dllm.pipelines.llada.trainer import LLADA, LLaDATrainer
 from dllm.training.arguments import TrainingArguments
 from dllm.training.callbacks import read_log
 from dllm.training.checkpoints import SEAL, fault
-from dllm.training.run import Family, check_disk, check_output_dir, parse_arguments, run
+from dllm.training.output import check_disk, check_output_dir
+from dllm.training.run import Family, parse_arguments, run
 
 
 class AtStep(TrainerCallback):

@@ -15,7 +15,8 @@ from dllm.data.builtin import builtin_rows
 from dllm.errors import CheckpointError, DataError, DllmError, OptionError
 from dllm.pipelines import llada
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer
-from dllm.training.run import check_output_dir, parse_arguments
+from dllm.training.output import check_output_dir
+from dllm.training.run import parse_arguments
 
 
 def refuses(task: str, argv: list[str], kind: type[DllmError], message: str) -> None:

@@ -7,14 +7,14 @@ import shutil
 import warnings
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from dllm.errors import CheckpointError, MissingExtraError, OptionError
-from dllm.pipelines.llada.loading import load_model
+from dllm.errors import CheckpointError, OptionError
+from dllm.layers.adapters import attach, base_of, import_peft, merged, read_quantisation
+from dllm.pipelines.llada.checkpoint_files import hub_folder
+from dllm.pipelines.llada.embedded import resolve
+from dllm.pipelines.llada.loading import adapter_folder, load_model
 from dllm.pipelines.llada.tokenizer import load_tokenizer
-
-ADAPTER = "adapter_model.safetensors"
 
 
 def convert(
@@ -27,10 +27,13 @@ def convert(
 ) -> Path:
     """Loads a checkpoint and saves it with its tokenizer, in the public tensor names.
 
+    The name may be an adapter's, which is merged into its own base. Where a base was quantised in training (QLoRA), the adapter
+    has learnt upon rounded weights: it is merged into those, unpacked, and a warning says so.
+
     The folder appears under its name once it is whole; until then it is `NAME.partial`.
 
     Args:
-        name_or_path: a folder, a hub id or `builtin:NAME`.
+        name_or_path: a folder, a hub id or `builtin:NAME`; of a checkpoint or an adapter.
         output_dir: a folder that does not exist or is empty.
         dtype: of the written weights; "auto" takes what config.json says.
         max_shard_size: such as "5GB"; a model that is larger becomes several files and an index.
@@ -46,14 +49,20 @@ def convert(
         raise OptionError(f"{output} is not empty: name a folder that does not exist.")
     if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
         raise OptionError(f"max_shard_size {max_shard_size!r}: write a number and KB, MB, GB or TB, such as 5GB.")
-    model = load_model(name_or_path, dtype=dtype)
+    own = adapter_folder(name_or_path)
+    if own is not None and adapter is not None:
+        raise OptionError(f"{name_or_path!r} is an adapter itself: leave the other adapter, {adapter!r}, out.")
+    if own is not None:
+        model = _merged(base_of(own), name_or_path, dtype)
+    elif adapter is not None:
+        model = _merged(name_or_path, adapter, dtype)
+    else:
+        model = load_model(name_or_path, dtype=dtype)
     try:
         tokenizer = load_tokenizer(name_or_path)
     except CheckpointError as error:
         warnings.warn(f"Only the model is written: {error}", stacklevel=2)
         tokenizer = None
-    if adapter is not None:
-        model = _merged(model, name_or_path, adapter)
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -68,26 +77,26 @@ def convert(
     return partial.rename(output)
 
 
-def _merged(model: PreTrainedModel, name_or_path: str, adapter: str) -> PreTrainedModel:
-    """The model with the adapter's products added to its weights."""
+def _merged(name_or_path: str, adapter: str, dtype: str) -> PreTrainedModel:
+    """The model with an adapter's products added to its weights."""
+    import_peft("Merging an adapter")
     try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MissingExtraError("peft", "peft", "Merging an adapter") from error
-    try:
-        folder = Path(adapter).expanduser()
+        folder = Path(resolve(adapter))
         if not folder.is_dir():
-            # these two files alone: peft would take a pickle where there is no safetensors file
-            folder = Path(snapshot_download(adapter, allow_patterns=["adapter_config.json", ADAPTER]))
-        if not (folder / ADAPTER).exists():
-            raise ValueError(f"it holds no {ADAPTER}, and dllm reads no pickles")
-        with warnings.catch_warnings():
-            # what is missing would be merged as nothing
-            warnings.filterwarnings("error", message=".*missing adapter keys")
-            # peft reads an attribute that transformers has renamed
-            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing.", category=FutureWarning)
-            return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (OSError, ValueError, RuntimeError, UserWarning) as error:
+            folder = hub_folder(adapter)
+        quantisation = read_quantisation(folder)
+        if quantisation is None:
+            model = load_model(name_or_path, dtype=dtype)
+        else:
+            config = BitsAndBytesConfig.from_dict(quantisation)
+            model = load_model(name_or_path, dtype=dtype, quantization_config=config).dequantize()
+            warnings.warn(
+                f"The adapter {adapter!r} was trained on weights of {4 if config.load_in_4bit else 8} bits. It is merged into "
+                f"those, unpacked: what the rounding to them cost stays, and the sums are rounded once more, to {model.dtype}.",
+                stacklevel=3,
+            )
+        return merged(attach(model, folder))
+    except CheckpointError as error:
         raise CheckpointError(
             f"The adapter {adapter!r} could not be merged into {name_or_path!r}: {str(error).splitlines()[0]}"
         ) from error

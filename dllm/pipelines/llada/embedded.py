@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from dllm.errors import CheckpointError, did_you_mean
+from dllm.layers.adapters import SETTINGS
 
 FINAL = "checkpoint-final"
 """Where in a run's folder its model is."""
@@ -22,7 +23,8 @@ def resolve(name_or_path: str | Path) -> str:
     name_or_path = str(name_or_path)
     if not name_or_path.startswith("builtin:"):
         path = Path(name_or_path).expanduser()
-        if (path / FINAL / "config.json").exists() and not (path / "config.json").exists():
+        names = ("config.json", SETTINGS)
+        if any((path / FINAL / name).exists() for name in names) and not any((path / name).exists() for name in names):
             return str(path / FINAL)
         return str(path) if name_or_path.startswith("~") else name_or_path
     name = name_or_path.removeprefix("builtin:")

@@ -10,9 +10,10 @@ from torch import nn
 from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from dllm.errors import CheckpointError
+from dllm.layers.adapters import base_of
 from dllm.pipelines.llada.checkpoint_files import tensor_headers
 from dllm.pipelines.llada.embedded import resolve
-from dllm.pipelines.llada.loading import load_config
+from dllm.pipelines.llada.loading import adapter_folder, load_config
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig, is_mixture
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 from dllm.pipelines.llada.presets import PRESETS
@@ -69,9 +70,14 @@ def inspect(name_or_path: str) -> CheckpointInfo:
         name_or_path: a folder, a hub id, `builtin:NAME` or a preset.
 
     Raises:
-        CheckpointError: no such checkpoint, or one whose files are damaged.
+        CheckpointError: no such checkpoint, one whose files are damaged, or an adapter.
     """
     preset = PRESETS.get(name_or_path)
+    adapter = None if preset is not None else adapter_folder(name_or_path)
+    if adapter is not None:
+        raise CheckpointError(
+            f"{name_or_path!r} is an adapter of {base_of(adapter)!r}: ask for that, or merge the two with  dllm convert."
+        )
     if preset is None:
         config = load_config(name_or_path)
     else:

@@ -9,15 +9,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
+from transformers.utils import cached_file
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
+from dllm.layers.adapters import SETTINGS, attach, base_of, is_adapter, merged, read_quantisation
 from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, read_header, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.models.configuration_llada import IMPLEMENTED, LLaDAConfig, is_mixture
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
+from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
+from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModelLM
 from dllm.pipelines.llada.presets import PRESETS
 
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -30,11 +39,16 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def load_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
+def load_model(name_or_path: str | Path, *, keep_adapter: bool = False, **kwargs: Any) -> PreTrainedModel:
     """A checkpoint's model in evaluation mode, from safetensors alone.
+
+    The name may be an adapter's: its base is loaded as the adapter's files say, and the adapter merged into the weights. On a
+    base that was quantised in training, and is so again, it stays apart, for merging would round it; `quantization_config=None`
+    loads that base as it is.
 
     Args:
         name_or_path: a folder, a hub id, or `builtin:NAME`.
+        keep_adapter: give peft's PeftModel, with the adapter ready to be trained on, where the name is an adapter's.
         **kwargs: passed to `from_pretrained` (dtype, device_map, attn_implementation, ...); `revision`, `token` and `cache_dir`
             are the hub's.
 
@@ -48,6 +62,9 @@ def load_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
             raise OptionError(
                 f"load_model takes no {never}: it reads safetensors alone and never runs a checkpoint's code."
             )
+    adapter = adapter_folder(name_or_path, **{key: kwargs[key] for key in HUB_OPTIONS if key in kwargs})
+    if adapter is not None:
+        return _load_adapted(adapter, keep_adapter, kwargs)
     hub = {key: kwargs.pop(key) for key in HUB_OPTIONS if key in kwargs}
     name_or_path = str(name_or_path)
     path = resolve(name_or_path)
@@ -78,11 +95,50 @@ def load_model(name_or_path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model.eval()
 
 
+def adapter_folder(name_or_path: str | Path, **hub: Any) -> Path | None:
+    """The files of an adapter, in its folder or in the hub's cache on this machine; None where the name is no adapter's.
+
+    Args:
+        name_or_path: a folder, a hub id, or `builtin:NAME`.
+        **hub: `revision`, `token`, `cache_dir`.
+    """
+    path = resolve(name_or_path)
+    if Path(path).is_dir():
+        return Path(path) if is_adapter(Path(path)) else None
+    if path.count("/") != 1 or path.startswith((".", "/", "~")) or "[" in path:
+        return None
+    quietly = {
+        f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
+    }
+    try:
+        has = [cached_file(path, name, **hub, **quietly) for name in ("config.json", SETTINGS)]
+    except (OSError, ValueError):  # no such id: whoever reads its configuration says so
+        return None
+    return hub_folder(path, **hub) if has[0] is None and has[1] is not None else None
+
+
+def _load_adapted(folder: Path, keep_adapter: bool, options: dict[str, Any]) -> PreTrainedModel:
+    """Base and adapter; see `load_model`."""
+    quantisation = read_quantisation(folder)
+    if "quantization_config" not in options and quantisation is not None:
+        options["quantization_config"] = BitsAndBytesConfig.from_dict(quantisation)
+    options.pop("revision", None)  # the adapter's
+    base = load_model(base_of(folder), **options)
+    adapted = attach(base, folder, trainable=keep_adapter)
+    if keep_adapter:
+        return adapted
+    if getattr(base, "is_quantized", False):
+        return adapted.eval().get_base_model()
+    return merged(adapted).eval()
+
+
 def public_shapes(config: LLaDAConfig | LLaDAMoEConfig) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor that a checkpoint of this configuration holds, in the public names; without memory."""
+    kind = LLaDAModelLM if isinstance(config, LLaDAConfig) else LLaDAMoEModelLM
     with torch.device("meta"):
-        # not by from_config, which divides parameters over the processes at once under ZeRO-3
-        model = MODEL_FOR_MASKED_LM_MAPPING[type(config)](copy.deepcopy(config))
+        model = kind(
+            copy.deepcopy(config)
+        )  # not from_config, which under ZeRO-3 would divide the tensors over processes
     tensors = revert_weight_conversion(model, model.state_dict())
     return {name: tuple(t.shape) for name, t in tensors.items() if name not in model.all_tied_weights_keys}
 
@@ -135,12 +191,15 @@ def load_config(name_or_path: str | Path, **hub: Any) -> LLaDAConfig | LLaDAMoEC
     """A checkpoint's configuration.
 
     Args:
-        name_or_path: a folder, a hub id, or `builtin:NAME`.
+        name_or_path: a folder, a hub id, or `builtin:NAME`; of an adapter it is its base's.
         **hub: `revision`, `token`, `cache_dir`.
 
     Raises:
         CheckpointError: there is no such checkpoint, or it is not LLaDA's.
     """
+    adapter = adapter_folder(name_or_path, **hub)
+    if adapter is not None:
+        return load_config(base_of(adapter), **{key: value for key, value in hub.items() if key != "revision"})
     name_or_path = str(name_or_path)
     path = resolve(name_or_path)
     local = Path(path)
