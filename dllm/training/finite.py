@@ -32,7 +32,9 @@ class FiniteGuard:
 
     def __init__(self, rank: int, describe: Callable[[int], str], go_on: Callable[[], str]) -> None:
         self.rank, self.describe, self.go_on = rank, describe, go_on
-        self.step: list[tuple[Tensor, Tensor]] = []  # of each micro-batch: samples, whether the row's nats are not finite
+        self.step: list[
+            tuple[Tensor, Tensor]
+        ] = []  # of each micro-batch: samples, whether the row's nats are not finite
 
     def add(self, loss: Tensor, sample_B: Tensor, rows: Tensor) -> Tensor:
         """Notes a micro-batch; gives its loss back, with a gradient of NaN if it is not finite.

@@ -179,6 +179,8 @@ class Meter:
         self.began: float | None = None
         """When the interval began, on the monotonic clock; what is left out moves it."""
         self.first: tuple[float, int] = (0.0, 0)
+        self.tokens = 0
+        """Positions of the last interval that was read."""
 
     def add(self, rows: Tensor, inputs: dict[str, Tensor], step: int) -> None:
         """Adds a micro-batch.

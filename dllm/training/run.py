@@ -31,10 +31,20 @@ from transformers import (
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
 from dllm.data.sources import load_splits
-from dllm.errors import CheckpointError, DataError, DllmError, OptionError, did_you_mean
+from dllm.errors import (
+    CheckpointError,
+    DataError,
+    DllmError,
+    NonFiniteError,
+    OptionError,
+    did_you_mean,
+)
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
 from dllm.training.checkpoints import SEAL, fault, last_whole, no_room
+from dllm.training.curves import draw_losses
+from dllm.training.record import record_start
+from dllm.training.samples import Sample, make_sampler
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
@@ -69,6 +79,8 @@ class Family:
     fits: Callable[[Any, PreTrainedTokenizerBase], bool]
     """(configuration, tokenizer): whether a model of the one reads the ids of the other."""
     trainer: type[MaskedDiffusionTrainer]
+    sample: Sample
+    """(model, tokenizer, ids of each prompt, tokens to write, seed) -> texts; its noise is keyed by the seed."""
 
 
 class _Parser(HfArgumentParser):
@@ -150,6 +162,15 @@ def _train(
     if args.eval_strategy != "no" and test is None:
         raise DataError(f"--eval_strategy {args.eval_strategy.value} needs test rows: write  NAME[train:N,test:M].")
     check_disk(args, model, len(train))
+    sampler = make_sampler(
+        args,
+        family.sample,
+        tokenizer,
+        model,
+        chat=task == "sft",
+        row=(train if test is None else test)[0],
+        resume=resume,
+    )
 
     stop = StopOnSignal()
     trainer = family.trainer(
@@ -168,7 +189,10 @@ def _train(
     trainer.add_callback(LogLines())
     hide_bars(everywhere=True)
     trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
+    trainer.sampler = sampler
     if trainer.is_world_process_zero():
+        rows = {"train": len(train), "test": None if test is None else len(test)}
+        record_start(args, (model_args, data_args), task=task, rows=rows, resumed=resume)
         print(
             f"{task}: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train):,} rows; a step is "
             f"{args.world_size} process{'es' * (args.world_size > 1)} x {args.train_batch_size} samples x "
@@ -183,6 +207,12 @@ def _train(
             if test is not None:
                 trainer.evaluate()
             _save(trainer, Path(str(args.output_dir)) / FINAL)
+        if trainer.is_world_process_zero():
+            draw_losses(Path(str(args.output_dir)), task)
+    except NonFiniteError:
+        if trainer.is_world_process_zero():
+            draw_losses(Path(str(args.output_dir)), task)
+        raise
     except Exception as error:
         if no_room(error):
             raise CheckpointError(

@@ -195,6 +195,9 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             vector = self.meter.vector()[None]
             ranks = self.accelerator.gather(vector) if self.args.world_size > 1 else vector
             logs |= self.meter.read(ranks, self.state.global_step, self.state.max_steps)
+            if str(self.args.include_num_input_tokens_seen) == "no":  # else transformers counts
+                self.state.num_input_tokens_seen += self.meter.tokens
+            logs["tokens_seen"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -228,9 +231,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         what = "a lower --learning_rate, or look at these rows"
         if last is None:
             return f"The step was not applied, and no checkpoint was saved yet: start anew with {what}."
-        return (
-            f"The step was not applied, and {last} is whole: go on from it with --resume_from_checkpoint auto and {what}."
-        )
+        return f"The step was not applied, and {last} is whole: go on from it with --resume_from_checkpoint auto and {what}."
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # transformers looks whether the steps are done after a step, so a finished run that goes on would take one more
