@@ -4,6 +4,7 @@
     ├── OptionError      an option that does not exist, or a value that it cannot take   (also a ValueError)
     ├── DataError        a data file, a row, a column or a data set name                 (also a ValueError)
     ├── CheckpointError  a model folder, a configuration, a tokenizer                    (also an OSError)
+    ├── NonFiniteError   a loss or a gradient that is NaN or infinite                   (also an ArithmeticError)
     └── MissingExtraError  an optional package that is not installed                     (also an ImportError)
 
 Each message says what was given, what is allowed and what to do next. The command line prints it without a traceback.
@@ -29,6 +30,10 @@ class DataError(DllmError, ValueError):
 
 class CheckpointError(DllmError, OSError):
     """Something is wrong with a model folder, its configuration or its tokenizer."""
+
+
+class NonFiniteError(DllmError, ArithmeticError):
+    """A loss or a gradient of training is NaN or infinite."""
 
 
 class MissingExtraError(DllmError, ImportError):

@@ -70,6 +70,14 @@ class OrderedDataset(Dataset[dict[str, Any]]):
             row["pad_to"] = self._longest[1]
         return row
 
+    def row_number(self, sample: int) -> int:
+        """Which of `rows` a sample is, of any epoch."""
+        epoch, position = divmod(sample, len(self))
+        position %= len(self.rows)
+        if not self.shuffle:
+            return position
+        return int(keyed_permutation(len(self.rows), self.seed, Purpose.DATA_ORDER, epoch)[position])
+
     def _row(self, position: int) -> dict[str, Any]:
         position %= len(self.rows)
         row: dict[str, Any] = self.rows[position if self._order is None else int(self._order[position])]

@@ -25,6 +25,11 @@ def mask_probability(t: Tensor, eps: float = EPS) -> Tensor:
     return (1 - eps) * t + eps
 
 
+def time_of(p_mask: Tensor, eps: float = EPS) -> Tensor:
+    """t of a mask probability (any shape, fp): the inverse of `mask_probability`."""
+    return (p_mask - eps) / (1 - eps)
+
+
 def elbo_weight(p_mask: Tensor) -> Tensor:
     """The weight of a masked token's cross-entropy in the evidence bound: -alpha'_t / (1 - alpha_t) = 1 / p_mask.
 

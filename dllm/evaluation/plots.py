@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dllm.errors import MissingExtraError
 from dllm.evaluation.sudoku import Score
+from dllm.figures import pyplot, quiet, save_figure
 from dllm.sampling.trace import Trace
 
 
@@ -23,7 +23,7 @@ def plot_run(log: Sequence[dict[str, Any]], scores: Sequence[Score], title: str,
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    plt = _pyplot("Drawing the curves")
+    plt = pyplot("Drawing the curves")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title)
     train = [(row["tokens"] / 1e6, row["loss"]) for row in log if "loss" in row]
@@ -48,9 +48,8 @@ def plot_run(log: Sequence[dict[str, Any]], scores: Sequence[Score], title: str,
     right.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     right.minorticks_off()
     for axis in (left, right):
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path)
+        quiet(axis)
+    return save_figure(figure, path)
 
 
 def plot_denoising(puzzle: str, trace: Trace, cells: Sequence[str], path: Path, shares: Sequence[float]) -> Path:
@@ -66,7 +65,7 @@ def plot_denoising(puzzle: str, trace: Trace, cells: Sequence[str], path: Path, 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    plt = _pyplot("Drawing a grid")
+    plt = pyplot("Drawing a grid")
     size, box_rows, box_columns = (9, 3, 3) if len(puzzle) == 81 else (6, 2, 3)
     filled_at = trace.commit_steps(0).tolist()
     last = max(filled_at)
@@ -87,22 +86,4 @@ def plot_denoising(puzzle: str, trace: Trace, cells: Sequence[str], path: Path, 
             axis.axvline(line, color="black", linewidth=1.6 if line % box_columns == 0 else 0.3)
         axis.set(xlim=(0, size), ylim=(size, 0), aspect="equal", title=f"step {now} of {last + 1}")
         axis.set_axis_off()
-    return _save(figure, path)
-
-
-def _pyplot(purpose: str) -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingExtraError("matplotlib", "plots", purpose) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    _pyplot("Drawing").close(figure)
-    return path
+    return save_figure(figure, path)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import transformers
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dllm.diffusion.objective import check_normalisation
-from dllm.errors import OptionError
+from dllm.errors import MissingExtraError, OptionError, did_you_mean
 from dllm.training.adapters import AdapterArguments
 
 
@@ -104,6 +107,28 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     muon_learning_rate: float = _help("Learning rate of Muon's matrices; --learning_rate is AdamW's.", default=0.02)
 
+    sample_every: int = _help(
+        "Steps between two samples of text, printed and written to samples.jsonl; 0 for none.", default=0
+    )
+    sample_prompt: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "What the samples go on from, one or several texts (fine-tuning: what the user says). By default the "
+            "beginning of a row that is not trained on, where there is one."
+        },
+    )
+    sample_length: int = _help("Tokens of a sample.", default=64)
+    report_to: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Where the log goes besides log.jsonl, one or several: tensorboard, wandb, trackio, none ... By default "
+            "tensorboard where it is installed; its files are in OUTPUT_DIR/runs."
+        },
+    )
+    logging_nan_inf_filter: bool = _help(
+        "Leaves what is not finite out of the logged loss. Off: such a loss ends the run.", default=False
+    )
+
     output_dir: str | None = _help("Where checkpoints, the log and the final model go.", default=None)
     learning_rate: float = _help("Peak learning rate.", default=4e-4)
     weight_decay: float = _help("Weight decay of matrices and embeddings, not of the norms inside blocks.", default=0.1)
@@ -125,6 +150,12 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)}: it is 1 or more.")
+        for name in ("sample_every", "sample_length"):
+            if getattr(self, name) < (name == "sample_length"):
+                raise OptionError(f"--{name} {getattr(self, name)}: it is {int(name == 'sample_length')} or more.")
+        if self.sample_prompt and not self.sample_every:
+            raise OptionError("--sample_prompt needs --sample_every K, the steps between two samples.")
+        self.report_to = trackers(self.report_to)
         if self.dataloader_persistent_workers:
             raise OptionError(
                 "--dataloader_persistent_workers: workers that live on would keep the first epoch's order of the data; leave "
@@ -156,6 +187,24 @@ class TrainingArguments(transformers.TrainingArguments):
         device: torch.device = super().device
         # several processes on a CPU get cpu:0, a place to which torch.load, and so transformers 5.17, can restore nothing
         return torch.device("cpu") if device.type == "cpu" else device
+
+
+def trackers(named: str | Sequence[str]) -> list[str]:
+    """Where the log goes, checked before anything is trained; no name means tensorboard where it is installed.
+
+    Raises:
+        OptionError: a name that transformers does not know.
+        MissingExtraError: its package is not installed.
+    """
+    if not named:
+        return ["tensorboard"] if find_spec("tensorboard") else ["none"]
+    names = [named] if isinstance(named, str) else list(named)
+    for name in names:
+        if name not in (known := {*INTEGRATION_TO_CALLBACK, "all", "none"}):
+            raise OptionError(f"--report_to {name!r} does not exist.{did_you_mean(name, known)}")
+        if name in ("tensorboard", "trackio", "wandb") and find_spec(name) is None:
+            raise MissingExtraError(name, "tracking" if name == "tensorboard" else name, f"--report_to {name}")
+    return names
 
 
 def bf16_is_fast(cpu: bool) -> bool:

@@ -19,6 +19,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.utils import logging
 
 from dllm.training.launch import LAUNCHED
+from dllm.training.metrics import QUARTERS
 
 PASSED_ON_WITHIN = 2.0
 """Seconds within which a launcher has passed a signal on."""
@@ -103,10 +104,19 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 class Bar(ProgressCallback):
-    """transformers' progress bars without the dicts that it prints between them; see `LogLines`."""
+    """transformers' progress bars, with loss and speed behind them, and without the dicts that it prints; see `LogLines`."""
 
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        pass
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and "loss" in logs:  # the bar itself tells the time to finish
+            speed = f", {count(logs['tokens_per_second'])} tokens/s" if "tokens_per_second" in logs else ""
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}{speed}")
 
 
 class LogLines(TrainerCallback):
@@ -131,13 +141,40 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
         words = f"loss {logs['loss']:.4f}"
         words += f"  gradient {logs['grad_norm']:.3g}" if "grad_norm" in logs else ""
         words += f"  rate {logs['learning_rate']:.3g}" if "learning_rate" in logs else ""
+        words += f"  {count(logs['tokens_per_second'])} tokens/s" if "tokens_per_second" in logs else ""
+        words += f"  MFU {100 * logs['mfu']:.0f} %" if "mfu" in logs else ""
+        words += f"  {duration(logs['eta_seconds'])} left" if logs.get("eta_seconds") else ""
     elif "eval_loss" in logs:
         words = f"loss {logs['eval_loss']:.4f} on unseen rows"
+        if "eval_nll" in logs:
+            words += f"  {logs['eval_nll']:.4f} nats a token, perplexity {logs['eval_ppl']:.4g}"
+        quarters = [f"{logs[key]:.3f}" for key in (f"eval_nll_{name}" for name in QUARTERS) if key in logs]
+        words += f"  by quarter of t {' '.join(quarters)}" if len(quarters) == len(QUARTERS) else ""
     elif "train_loss" in logs:
         words = f"trained in {logs['train_runtime']:.1f} s, mean loss {logs['train_loss']:.4f}"
     else:
         words = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if isinstance(value, int | float))
     return f"step {step}/{steps}  {words}"
+
+
+def count(number: float) -> str:
+    """A number in three digits: 950, 12.3k, 4.56M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """A time in at most two units: 45 s, 12 min, 3 h 05 min, 2 d 4 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
 
 
 def hide_bars(everywhere: bool) -> None:

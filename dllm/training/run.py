@@ -30,7 +30,7 @@ from transformers import (
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
 from dllm.data.sources import load_splits
-from dllm.errors import CheckpointError, DataError, DllmError, OptionError
+from dllm.errors import CheckpointError, DataError, DllmError, NonFiniteError, OptionError
 from dllm.training.adapters import (
     ADAPTER_DEFAULTS,
     AdapterArguments,
@@ -43,9 +43,12 @@ from dllm.training.adapters import (
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
 from dllm.training.checkpoints import UNFINISHED, no_room, put_in_place
+from dllm.training.curves import draw_losses
 from dllm.training.engines import check_engine, resumable, running
 from dllm.training.launch import exit_status, no_such_option, options_help, tell_launcher
 from dllm.training.output import check_disk, check_output_dir
+from dllm.training.record import record_start
+from dllm.training.samples import Sample, make_sampler
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
@@ -78,6 +81,8 @@ class Family:
     fits: Callable[[Any, PreTrainedTokenizerBase], bool]
     """(configuration, tokenizer): whether a model of the one reads the ids of the other."""
     trainer: type[MaskedDiffusionTrainer]
+    sample: Sample
+    """(model, tokenizer, ids of each prompt, tokens to write, seed) -> texts; its noise is keyed by the seed."""
 
 
 class _Parser(HfArgumentParser):
@@ -177,6 +182,15 @@ def _train(
     if args.eval_strategy != "no" and test is None:
         raise DataError(f"--eval_strategy {args.eval_strategy.value} needs test rows: write  NAME[train:N,test:M].")
     check_disk(args, model, len(train))
+    sampler = make_sampler(
+        args,
+        family.sample,
+        tokenizer,
+        model,
+        chat=task == "sft",
+        row=(train if test is None else test)[0],
+        resume=resume,
+    )
 
     stop = StopOnSignal()
     trainer = family.trainer(
@@ -196,8 +210,11 @@ def _train(
     trainer.add_callback(LogLines())
     hide_bars(everywhere=True)
     trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
+    trainer.sampler = sampler
     if trainer.is_world_process_zero():
         trained, whole = count_parameters(model)
+        rows = {"train": len(train), "test": None if test is None else len(test)}
+        record_start(args, (model_args, data_args), task=task, rows=rows, resumed=resume)
         print(
             f"{task}: {whole:,} parameters, {f'{trained:,} of them trained, ' if trained < whole else ''}"
             f"{len(train):,} rows; a step is "
@@ -213,6 +230,12 @@ def _train(
             if test is not None:
                 trainer.evaluate()
             _save(trainer, Path(str(args.output_dir)) / FINAL)
+        if trainer.is_world_process_zero():
+            draw_losses(Path(str(args.output_dir)), task)
+    except NonFiniteError:
+        if trainer.is_world_process_zero():
+            draw_losses(Path(str(args.output_dir)), task)
+        raise
     except Exception as error:
         if no_room(error):
             raise CheckpointError(

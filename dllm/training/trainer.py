@@ -5,7 +5,9 @@ Shapes: B samples, L positions, N masked positions, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +25,10 @@ from dllm.data.order import OrderedDataset
 from dllm.diffusion.corruption import Corrupted, CorruptionPlan
 from dllm.diffusion.objective import batch_count, token_weights
 from dllm.training.arguments import TrainingArguments
-from dllm.training.checkpoints import UNFINISHED, put_in_place, rotate, seal
+from dllm.training.checkpoints import UNFINISHED, last_whole, put_in_place, rotate, seal
 from dllm.training.engines import write_topology
+from dllm.training.finite import FiniteGuard
+from dllm.training.metrics import Meter, nll_metrics, row_sums, work
 from dllm.training.optimizers import build_muon, group_settings
 
 
@@ -105,6 +109,11 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             group=1 if eval_dataset is None else len(eval_dataset), **{**masks, "times": "stratified"}  # type: ignore[arg-type]
         )  # fmt: skip
 
+        self.meter = Meter(args.device, work(model), whole=(args.min_time, args.max_time) == (0.0, 1.0))
+        self.guard = None if args.fp16 else FiniteGuard(args.process_index, self._describe, self._go_on)
+        self.sampler: Callable[[int], None] | None = None
+        """Called on every rank after each step, with the steps done; see `dllm.training.samples`."""
+
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # OrderedDataset shuffles
 
@@ -157,6 +166,10 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         if scored.aux is not None:  # how even a micro-batch's load is; the mean over the step's micro-batches
             coefficient = self.model.config.router_aux_loss_coef
             loss = loss + coefficient * scored.aux / self.current_gradient_accumulation_steps
+        rows = row_sums(scored.nll_N, scored.noisy.weight_BL, scored.noisy.masked_BL, inputs["maskable"])
+        self.meter.add(rows, inputs, self.state.global_step)
+        if self.guard is not None:
+            loss = self.guard.add(loss, inputs["sample"], rows)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
@@ -166,18 +179,20 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Each row's share of the evaluation loss, [B, 2]: numerator and denominator, so that ranks add up exactly."""
+        """Each row's share of the evaluation loss, fp64 [B, 2 + 2Q + 2]: numerator and denominator, so that ranks add up
+        exactly, and what `row_sums` gives of the row.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             scored = self.score(model, inputs, self.eval_plan, 1.0)
-        row_N = scored.noisy.masked_BL.nonzero()[:, 0]
-        zeros_B = torch.zeros(len(inputs["maskable"]), device=row_N.device)
-        numerator_B = zeros_B.index_add(0, row_N, scored.nll_N * scored.weight_N)
-        if self.args.loss_normalisation == "token":
-            denominator_B = inputs["maskable"].sum(1).float()
-        else:
-            denominator_B = inputs["maskable"].any(1).float()
-        return numerator_B.sum() / denominator_B.sum(), torch.stack([numerator_B, denominator_B], 1), denominator_B
+        rows = row_sums(scored.nll_N, scored.noisy.weight_BL, scored.noisy.masked_BL, inputs["maskable"])
+        numerator_B, denominator_B = rows[:, -2:].unbind(1)
+        if self.args.loss_normalisation != "token":
+            if self.args.loss_normalisation == "sequence":
+                numerator_B = numerator_B / denominator_B.clamp(min=1)
+            denominator_B = inputs["maskable"].any(1).to(rows.dtype)
+        shares = torch.cat([numerator_B[:, None], denominator_B[:, None], rows], 1)
+        return numerator_B.sum() / denominator_B.sum(), shares, denominator_B
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """transformers' loop, its loss replaced by the exact quotient: a mean over batches would depend on their sizes."""
@@ -186,6 +201,50 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         prefix = kwargs.get("metric_key_prefix", "eval")
         output.metrics[f"{prefix}_loss"] = output.metrics.pop(f"{prefix}_exact_loss")
         return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' own, with the metrics of the interval beside the training loss."""
+        if "loss" in logs:
+            vector = self.meter.vector()[None]
+            ranks = self.accelerator.gather(vector) if self.args.world_size > 1 else vector
+            logs |= self.meter.read(ranks, self.state.global_step, self.state.max_steps)
+            if str(self.args.include_num_input_tokens_seen) == "no":  # else transformers counts
+                self.state.num_input_tokens_seen += self.meter.tokens
+            logs["tokens_seen"] = self.state.num_input_tokens_seen
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        entered = time.monotonic()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.sampler is not None:
+            self.sampler(self.state.global_step)
+        self.meter.leave_out(entered)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """transformers' own; it is the last thing before the optimiser's step, and one number for all ranks."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.guard is not None:
+            # DeepSpeed has made its step by now, unless the gradient was not finite: that one it skips
+            engine = getattr(self.accelerator, "deepspeed_engine_wrapped", None)
+            overflow = engine is not None and bool(getattr(engine.engine.optimizer, "overflow", False))
+            self.guard.check(norm, self.state.global_step, overflow=overflow)
+        return norm
+
+    def _describe(self, sample: int) -> str:
+        """Which row a sample is, and how it begins."""
+        if not isinstance(self.train_dataset, OrderedDataset):
+            return "of a stream"
+        number = self.train_dataset.row_number(sample)
+        ids = self.train_dataset.rows[number]["input_ids"][:12]
+        return f"row {number}, {self.processing_class.decode(ids)!r} ..."
+
+    def _go_on(self) -> str:
+        """What to do once a run has stopped at a number that is not finite."""
+        last = last_whole(Path(str(self.args.output_dir)))
+        what = "a lower --learning_rate, or look at these rows"
+        if last is None:
+            return f"The step was not applied, and no checkpoint was saved yet: start anew with {what}."
+        return f"The step was not applied, and {last} is whole: go on from it with --resume_from_checkpoint auto and {what}."
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # transformers looks whether the steps are done after a step, so a finished run that goes on would take one more
@@ -267,5 +326,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
 
 
 def _mean_loss(prediction: EvalPrediction) -> dict[str, float]:
-    rows = np.asarray(prediction.predictions, dtype=np.float64)
-    return {"exact_loss": float(rows[:, 0].sum() / rows[:, 1].sum())}
+    # exact sums: the order in which ranks and batches bring the rows does not enter
+    columns = np.asarray(prediction.predictions, dtype=np.float64).T.tolist()
+    numerator, denominator, *sums = (math.fsum(column) for column in columns)
+    return {"exact_loss": numerator / denominator, **nll_metrics(sums)}

@@ -229,7 +229,7 @@ def test_a_write_without_room_keeps_the_last_whole_checkpoint(
             run("pretrain", family_with(AtStep(2, lambda: limit_files(size))), argv)
     finally:
         limit_files(before)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "log.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "log.jsonl", "run.json"]
     final = llada.pretrain([*argv, "--resume_from_checkpoint", "auto"])
     assert equal(weights(final), weights(pretrained.final))
 

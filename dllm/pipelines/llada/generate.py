@@ -246,7 +246,8 @@ def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
 
 
 def _check_ids(model: PreTrainedModel, ids: Tensor, what: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    weight = model.get_input_embeddings().weight
+    rows = getattr(weight, "ds_shape", weight.shape)[0]  # under ZeRO-3 a weight is empty until it is used
     outside = ids[(ids < 0) | (ids >= rows)]
     if len(outside):
         raise OptionError(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.errors import OptionError
+from dllm.pipelines.llada.generate import generate
 from dllm.pipelines.llada.loading import fits, fresh_model, load_config, load_model
 from dllm.pipelines.llada.presets import PRESETS
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer, char_tokenizer, load_tokenizer
@@ -41,6 +42,13 @@ def make_tokenizer(name: str, texts: Callable[[], Iterable[str]]) -> PreTrainedT
     return load_tokenizer(name)
 
 
+def sample(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], length: int, seed: int
+) -> list[str]:
+    """Texts of `length` tokens at most after each prompt, a token a step, the likeliest first."""
+    return generate(model, tokenizer, prompts, gen_length=length, steps=length, seed=seed).texts
+
+
 LLADA = Family(
     presets=tuple(PRESETS),
     make_tokenizer=make_tokenizer,
@@ -49,6 +57,7 @@ LLADA = Family(
     fresh_model=fresh_model,
     fits=fits,
     trainer=LLaDATrainer,
+    sample=sample,
 )
 
 
