@@ -33,7 +33,22 @@ class Corrupted(NamedTuple):
     weight_BL: Tensor
     """fp32 [B, L]: the weight of each masked token's cross-entropy, 1 / p; 0 elsewhere."""
     t_B: Tensor
-    """fp64 [B]: the time of each sample."""
+    """fp64 [B]: the time of each sample (of each document, where rows hold several)."""
+
+
+class Documents(NamedTuple):
+    """Where the documents of packed rows lie. D of them are in the batch."""
+
+    index_BL: Tensor
+    """int64 [B, L]: which one each position is in, -1 for none."""
+    position_BL: Tensor
+    """int64 [B, L]: the position within it."""
+    step_D: Tensor
+    """int64 [D]: the optimiser step."""
+    place_D: Tensor
+    """int64 [D]: the place among the documents of the step."""
+    of_D: Tensor
+    """int64 [D]: how many documents the step has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,45 +94,74 @@ class CorruptionPlan:
         Args:
             samples_B: int64 [B].
         """
-        return self.min_time + (self.max_time - self.min_time) * self._unit_times(samples_B)
+        return self._stretched(self._unit_times(samples_B))
 
-    def _unit_times(self, samples_B: Tensor) -> Tensor:
-        """The same before it is stretched, in (0, 1)."""
+    def _stretched(self, unit_B: Tensor) -> Tensor:
+        return self.min_time + (self.max_time - self.min_time) * unit_B
+
+    def _unit_times(self, samples_B: Tensor, documents: Documents | None = None) -> Tensor:
+        """The same before it is stretched, in (0, 1); a packed step is stratified over its documents."""
         if self.times == "independent":
             return keyed_uniform(self.seed, Purpose.TIME, samples_B)
-        step_B, place_B = samples_B // self.group, samples_B % self.group
+        if documents is None:
+            step_B, place_B = samples_B // self.group, samples_B % self.group
+            of_B = torch.full_like(samples_B, self.group)
+        else:
+            step_B, place_B, of_B = documents.step_D, documents.place_D, documents.of_D
         order_B = torch.empty_like(place_B)
-        for step in step_B.unique().tolist():
+        for step, of in torch.stack([step_B, of_B], 1).unique(dim=0).tolist():
             here = step_B == step
-            order = keyed_permutation(self.group, self.seed, Purpose.TIME_ORDER, step).to(place_B.device)
+            order = keyed_permutation(of, self.seed, Purpose.TIME_ORDER, step).to(place_B.device)
             order_B[here] = order[place_B[here]]
         u_B = keyed_uniform(self.seed, Purpose.TIME, step_B)
-        return (u_B + order_B.to(u_B.dtype) / self.group) % 1.0  # a quotient of integers would be fp32
+        return (u_B + order_B.to(u_B.dtype) / of_B.to(u_B.dtype)) % 1.0  # a quotient of integers would be fp32
 
-    def corrupt(self, ids_BL: Tensor, maskable_BL: Tensor, samples_B: Tensor, mask_token_id: int) -> Corrupted:
+    def corrupt(
+        self,
+        ids_BL: Tensor,
+        maskable_BL: Tensor,
+        samples_B: Tensor,
+        mask_token_id: int,
+        documents: Documents | None = None,
+    ) -> Corrupted:
         """Masks a batch.
 
         Args:
             ids_BL: int64 [B, L], the clean tokens.
             maskable_BL: bool [B, L], which of them may be masked (not the prompt, not the padding).
-            samples_B: int64 [B], the sample of each row.
+            samples_B: int64 [B], the sample of each row (of each document, where rows hold several).
             mask_token_id: what a masked token becomes.
+            documents: of packed rows. A document at a given time has the masks that it has in a row of its own.
 
         Returns:
             The masked batch. A row that is padded masks its tokens the same way; so does one that is cut, if masking is
             bernoulli (an exact number is a share of what the row has).
         """
-        t_B = self.sample_times(samples_B)
-        positions_L = torch.arange(ids_BL.shape[1], device=ids_BL.device)
-        u_BL = keyed_uniform(self.seed, Purpose.MASK, samples_B[:, None], positions_L[None])
-        if self.masking == "bernoulli":
-            p_B1 = mask_probability(t_B, self.eps)[:, None]
-            masked_BL = maskable_BL & (u_BL < p_B1)
+        t_B = self._stretched(self._unit_times(samples_B, documents))
+        if documents is None:
+            index_BL = torch.arange(len(ids_BL), device=ids_BL.device)[:, None].expand_as(ids_BL)
+            position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
         else:
-            n_B = maskable_BL.sum(1)
+            index_BL, position_BL = documents.index_BL.clamp(min=0), documents.position_BL
+        u_BL = keyed_uniform(self.seed, Purpose.MASK, samples_B[index_BL], position_BL)
+        if self.masking == "bernoulli":
+            p_B = mask_probability(t_B, self.eps)
+            masked_BL = maskable_BL & (u_BL < p_B[index_BL])
+        else:
+            n_B = torch.zeros_like(samples_B).index_add(
+                0, index_BL[maskable_BL], torch.ones_like(index_BL[maskable_BL])
+            )
             k_B = (t_B * n_B).floor().long().add(1).minimum(n_B)
-            place_BL = u_BL.masked_fill(~maskable_BL, 2.0).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-            masked_BL = maskable_BL & (place_BL < k_B[:, None])
-            p_B1 = (k_B.to(t_B.dtype) / n_B.clamp(min=1)).clamp(min=torch.finfo(t_B.dtype).tiny)[:, None]
-        weight_BL = torch.where(masked_BL, elbo_weight(p_B1), 0.0).float()
+            p_B = (k_B.to(t_B.dtype) / n_B.clamp(min=1)).clamp(min=torch.finfo(t_B.dtype).tiny)
+            # the maskable tokens, document by document, in the order of their numbers: the first k of each are masked
+            index_M, u_M = index_BL[maskable_BL], u_BL[maskable_BL]
+            by_number_M = u_M.argsort(stable=True)
+            sorted_M = by_number_M[index_M[by_number_M].argsort(stable=True)]
+            first_B = n_B.cumsum(0) - n_B
+            place_M = torch.empty_like(index_M)
+            place_M[sorted_M] = torch.arange(len(index_M), device=ids_BL.device) - first_B[index_M[sorted_M]]
+            masked_BL = torch.zeros_like(maskable_BL)
+            masked_BL[maskable_BL] = place_M < k_B[index_M]
+        p_BL = p_B[index_BL]
+        weight_BL = torch.where(masked_BL, elbo_weight(p_BL), 0.0).float()
         return Corrupted(ids_BL.masked_fill(masked_BL, mask_token_id), masked_BL, weight_BL, t_B)

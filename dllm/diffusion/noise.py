@@ -37,6 +37,10 @@ class Purpose(IntEnum):
     """To which length."""
     TURN = 9
     """Which answer of a conversation is learnt."""
+    TAIL = 10
+    """How many ends of text follow a packed answer."""
+    STEP_ORDER = 11
+    """The shuffle of steps whose rows are alike in length."""
 
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit: torch has no unsigned arithmetic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -63,6 +64,19 @@ class DataArguments:
     text_column: str = _help("The column to pretrain on.", default="text")
     messages_column: str = _help("The column of conversations to fine-tune on.", default="messages")
     num_proc: int | None = _help("Processes that turn text into tokens.", default=None)
+    packing: bool = _help(
+        "Fine-tuning puts several conversations into each row of max_length tokens, in place of padding. Each keeps its own "
+        "time, masks, positions and share of the loss, and sees itself alone; a sample of the batch size is then such a row.",
+        default=False,
+    )
+    pack_eos: str = _help(
+        "End-of-text tokens that are learnt after each packed answer: a number, or mirror for as many as padding would have "
+        "added.",
+        default="8",
+    )
+    document_masks: bool = _help(
+        "Pretraining: the documents that lie end to end in a row do not see each other.", default=False
+    )
     random_length: float = _help(
         "The share of pretraining steps whose rows are cut to a random length, so that short contexts are seen.",
         default=0.01,
@@ -143,6 +157,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             # without it two processes on a CPU would train two models side by side, silently
             self.use_cpu = True
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would print that it looked for others
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]
@@ -175,11 +190,20 @@ class TrainingArguments(transformers.TrainingArguments):
             raise OptionError(
                 f"--min_time {self.min_time} --max_time {self.max_time}: 0 <= min_time < max_time <= 1 is needed."
             )
-        if str(getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy)) != "random":
+        if self._strategy not in ("random", "group_by_length"):
             raise OptionError(
-                f"--train_sampling_strategy {self.train_sampling_strategy}: the order of the data is a keyed shuffle; "
-                f"leave this option out."
+                f"--train_sampling_strategy {self.train_sampling_strategy}: the order of the data is a keyed shuffle, random or "
+                f"group_by_length."
             )
+
+    @property
+    def _strategy(self) -> str:
+        return str(getattr(self.train_sampling_strategy, "value", self.train_sampling_strategy))
+
+    @property
+    def groups_by_length(self) -> bool:
+        """Whether a step holds rows of about one length."""
+        return self._strategy == "group_by_length"
 
     @property
     def device(self) -> torch.device:

@@ -240,7 +240,13 @@ class Meter:
 
 
 def real_positions(inputs: dict[str, Tensor]) -> Tensor:
-    """int64 [B]: positions of each row that are attended to; padding with end-of-text is, as it is learnt."""
+    """int64 [B]: positions of each row that are attended to; padding with end-of-text is, as it is learnt.
+
+    Of each document, [D], where rows hold several.
+    """
+    if "document" in inputs:
+        document_BL = inputs["document"]
+        return document_BL[document_BL >= 0].bincount(minlength=len(inputs["sample"]))
     mask = inputs.get("attention_mask")
     ids_BL = inputs["input_ids"]
     if mask is not None and mask.shape == ids_BL.shape:

@@ -29,6 +29,7 @@ from transformers import (
 
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.maps import pretraining_rows, sft_rows
+from dllm.data.packing import PackedDataset
 from dllm.data.sources import load_splits
 from dllm.errors import CheckpointError, DataError, DllmError, NonFiniteError, OptionError
 from dllm.training.adapters import (
@@ -125,7 +126,28 @@ def parse_arguments(
         raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
     if data_args.max_length is not None and data_args.max_length < 2:
         raise OptionError(f"--max_length {data_args.max_length}: a row has at least 2 tokens.")
+    check_packing(task, data_args, training_args)
     return model_args, data_args, training_args
+
+
+def check_packing(task: Task, data_args: DataArguments, args: TrainingArguments) -> None:
+    """Whether the options of packing belong together.
+
+    Raises:
+        OptionError: they do not.
+    """
+    if data_args.packing and task == "pretrain":
+        raise OptionError(
+            "--packing: pretraining's rows are full already. To keep their documents apart, write --document_masks."
+        )
+    if data_args.document_masks and task == "sft":
+        raise OptionError("--document_masks: fine-tuning's documents see themselves alone anyway. Leave it out.")
+    if data_args.packing and args.groups_by_length:
+        raise OptionError(
+            "--packing leaves no padding for --train_sampling_strategy group_by_length to save: leave one out."
+        )
+    if data_args.pack_eos != "mirror" and not data_args.pack_eos.isdigit():
+        raise OptionError(f"--pack_eos {data_args.pack_eos}: write a number, such as 8, or mirror.")
 
 
 _DESCRIPTIONS = {
@@ -200,6 +222,7 @@ def _train(
         train_dataset=train,
         eval_dataset=test,
         make_collator=make_collator(task, data_args, tokenizer),
+        make_packed=make_packed(data_args) if data_args.packing else None,
     )
     check_engine(args, trainer.accelerator)
     trainer.add_callback(stop)
@@ -286,6 +309,7 @@ def prepare(
     max_length = data_args.max_length or min(DEFAULT_LENGTH, context)
     if config is not None and max_length > context:
         raise OptionError(f"--max_length {max_length} exceeds the model's context of {context}.")
+    data_args.max_length = max_length
     column = "text" if task == "pretrain" else "messages"
     train, test = load_splits(
         data_args.dataset_args, column=column, source_column=getattr(data_args, f"{column}_column")
@@ -314,6 +338,13 @@ def prepare(
     return tokenizer, model, train_rows, test_rows
 
 
+def make_packed(data_args: DataArguments) -> Callable[[Any, int, int], PackedDataset]:
+    """Gives the packed rows, once the seed and the size of a step are known."""
+    return lambda rows, seed, group: PackedDataset(
+        rows, capacity=int(data_args.max_length or 0), ends=data_args.pack_eos, seed=seed, group=group
+    )
+
+
 def make_collator(
     task: Task, data_args: DataArguments, tokenizer: PreTrainedTokenizerBase
 ) -> Callable[[int, int, bool], Any]:
@@ -322,7 +353,8 @@ def make_collator(
     def make(seed: int, group: int, evaluation: bool) -> Any:
         if task == "pretrain":
             share = 0.0 if evaluation else data_args.random_length
-            return PretrainingCollator(seed=seed, group=group, random_length=share)
+            separator = int(tokenizer.eos_token_id) if data_args.document_masks else None
+            return PretrainingCollator(seed=seed, group=group, random_length=share, separator=separator)
         return SFTCollator(seed=seed, eos_token_id=int(tokenizer.eos_token_id), evaluation=evaluation)
 
     return make

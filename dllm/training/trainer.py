@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from dllm.data.order import OrderedDataset
-from dllm.diffusion.corruption import Corrupted, CorruptionPlan
+from dllm.diffusion.corruption import Corrupted, CorruptionPlan, Documents
 from dllm.diffusion.objective import batch_count, token_weights
 from dllm.training.arguments import TrainingArguments
 from dllm.training.checkpoints import UNFINISHED, last_whole, put_in_place, rotate, seal
@@ -58,6 +58,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         train_dataset: rows that the collator understands.
         eval_dataset: likewise.
         make_collator: gives the collator for (seed, samples of one step, whether it is for evaluation).
+        make_packed: (rows, seed, packed rows of one step) -> `dllm.data.packing.PackedDataset`; None without packing.
         **kwargs: of `transformers.Trainer`.
     """
 
@@ -72,6 +73,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         train_dataset: Any,
         eval_dataset: Any | None,
         make_collator: Callable[[int, int, bool], Callable[[list[dict[str, Any]]], dict[str, Tensor]]],
+        make_packed: Callable[[Any, int, int], Dataset[dict[str, Any]]] | None = None,
         **kwargs: Any,
     ) -> None:
         group = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
@@ -80,11 +82,18 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         self._writing_to: Path | None = None
         self._settings: list[dict[str, Any]] = []
         length_of = getattr(collator, "length_of", None) if args.pad_to == "global" else None
+        if make_packed is not None:
+            ordered: Any = make_packed(train_dataset, seed, group)
+        else:
+            lengths = None
+            if args.groups_by_length:
+                lengths = [len(ids) for ids in train_dataset["input_ids"]]
+            ordered = OrderedDataset(train_dataset, seed=seed, group=group, length_of=length_of, lengths=lengths)
         super().__init__(
             model=model,
             args=args,
             processing_class=processing_class,
-            train_dataset=OrderedDataset(train_dataset, seed=seed, group=group, length_of=length_of),
+            train_dataset=ordered,
             eval_dataset=None
             if eval_dataset is None
             else OrderedDataset(eval_dataset, seed=seed, group=len(eval_dataset), shuffle=False),
@@ -130,22 +139,30 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         if not batch_samples:
             return None
         self.tokens_seen += sum(batch["input_ids"].numel() for batch in batch_samples)
-        counts = [batch_count(batch["maskable"], self.args.loss_normalisation) for batch in batch_samples]  # type: ignore[arg-type]
+        counts = [self._count(batch) for batch in batch_samples]
         total = torch.stack(counts).sum().float().to(device)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total
+
+    def _count(self, batch: dict[str, Tensor]) -> Tensor:
+        return batch_count(batch["maskable"], self.args.loss_normalisation, batch.get("document"))  # type: ignore[arg-type]
 
     def score(
         self, model: nn.Module, inputs: dict[str, Tensor], plan: CorruptionPlan, denominator: Tensor | float
     ) -> Scored:
         """One forward: masks a batch and scores the clean tokens at the masks."""
-        noisy = plan.corrupt(inputs["input_ids"], inputs["maskable"], inputs["sample"], self.mask_token_id)
+        ids, maskable, packed = inputs["input_ids"], inputs["maskable"], inputs.get("document")
+        documents = None
+        if packed is not None:
+            documents = Documents(packed, *(inputs[name] for name in ("position", "step", "place", "of")))
+        noisy = plan.corrupt(ids, maskable, inputs["sample"], self.mask_token_id, documents)
         masked = noisy.masked_BL
-        weight_N = token_weights(noisy.weight_BL, masked, inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
+        weight_N = token_weights(noisy.weight_BL, masked, maskable, self.args.loss_normalisation, packed)  # type: ignore[arg-type]
         output = model(
             input_ids=noisy.xt_BL,
             attention_mask=inputs.get("attention_mask"),
+            document_ids=inputs.get("document_ids") if packed is None else packed,
             logits_to_keep=masked,
-            targets=inputs["input_ids"][masked],
+            targets=ids[masked],
             target_weights=weight_N / denominator,
         )
         return Scored(output.loss, output.nll, weight_N, noisy, getattr(output, "aux_loss", None))
@@ -159,7 +176,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
     ) -> Any:
         """The loss of this rank's micro-batch: its part of the sum, over the global batch's denominator."""
         if num_items_in_batch is None:
-            num_items_in_batch = batch_count(inputs["maskable"], self.args.loss_normalisation)  # type: ignore[arg-type]
+            num_items_in_batch = self._count(inputs)
         # data-parallel engines average gradients over ranks, and the denominator already spans them
         scored = self.score(model, inputs, self.train_plan, num_items_in_batch / self.args.world_size)
         loss = scored.loss
@@ -169,7 +186,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         rows = row_sums(scored.nll_N, scored.noisy.weight_BL, scored.noisy.masked_BL, inputs["maskable"])
         self.meter.add(rows, inputs, self.state.global_step)
         if self.guard is not None:
-            loss = self.guard.add(loss, inputs["sample"], rows)
+            loss = self.guard.add(loss, inputs["sample"], rows[inputs["row"]] if "row" in inputs else rows)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(

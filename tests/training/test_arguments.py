@@ -72,8 +72,8 @@ def test_bf16_is_on_where_it_is_fast_unless_said_otherwise(tmp_path: Path) -> No
         ),
         ({"max_time": 1.5}, "--min_time 0.0 --max_time 1.5: 0 <= min_time"),
         (
-            {"train_sampling_strategy": "group_by_length"},
-            "group_by_length: the order of the data is a keyed shuffle; leave",
+            {"train_sampling_strategy": "sequential"},
+            "sequential: the order of the data is a keyed shuffle, random or",
         ),
     ],
 )
