@@ -38,7 +38,9 @@ def test_pretrain_sft_generate(here: Path, capfd: pytest.CaptureFixture[str]) ->
     assert re.fullmatch(
         r"pretrain: [\d,]+ parameters, \d+ rows; a step is 1 process x 8 samples x 1 accumulated; \w+ on \w+", lines[0]
     )
-    assert re.fullmatch(r"step 2/4  loss \d\.\d{4}  gradient [\d.e-]+  rate [\d.e-]+  [\d.]+k? tokens/s  .+ left", lines[1])
+    assert re.fullmatch(
+        r"step 2/4  loss \d\.\d{4}  gradient [\d.e-]+  rate [\d.e-]+  [\d.]+k? tokens/s  .+ left", lines[1]
+    )
     assert [line.split("  ")[0] for line in lines[1:-1]] == ["step 2/4", "step 4/4", "step 4/4", "step 4/4"]
     assert re.search(r"trained in [\d.]+ s, mean loss \d\.\d{4}$", lines[3])
     assert re.search(r"loss \d\.\d{4} on unseen rows$", lines[4])
