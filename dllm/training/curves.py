@@ -39,8 +39,8 @@ def plot_losses(log: Sequence[dict[str, Any]], path: Path, title: str = "") -> P
         3, 1, figsize=(8, 9), sharex=True, layout="constrained", height_ratios=(4, 4, 1.6)
     )
     figure.suptitle(title)
-    losses.plot(*zip(*train, strict=True), color="C0", lw=0.8, alpha=0.35, label="training, each line of the log")
-    losses.plot(*zip(*_smooth(train), strict=True), color="C0", lw=1.8, label="training, mean")
+    losses.plot(*zip(*train, strict=True), color="C0", lw=0.8, alpha=0.35)
+    losses.plot(*zip(*_smooth(train), strict=True), color="C0", lw=1.8, label="training")
     unseen = _series(log, "eval_loss")
     if unseen:
         losses.plot(*zip(*unseen, strict=True), "o-", color="C1", ms=4, lw=1.2, label="evaluation")

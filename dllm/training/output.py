@@ -64,7 +64,7 @@ def check_output_dir(args: TrainingArguments) -> str | None:
 
 def _is_of_a_run(folder: Path) -> bool:
     """Whether an output folder is one that a run began to write."""
-    return any((folder / name).exists() for name in ("log.jsonl", UNFINISHED))
+    return any((folder / name).exists() for name in ("log.jsonl", "run.json", UNFINISHED))
 
 
 def _given_checkpoint(folder: Path) -> str:

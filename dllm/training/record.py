@@ -67,7 +67,7 @@ def record_start(
         "commit": _commit(),
     }
     path = Path(str(args.output_dir)) / RECORD
-    starts = read_record(path) if path.exists() and resumed else []
+    starts = read_record(path)
     unfinished = path.with_name(f"{RECORD}.unfinished")
     unfinished.write_text(json.dumps({"starts": [*starts, start]}, indent=1, default=str) + "\n", encoding="utf-8")
     os.replace(unfinished, path)

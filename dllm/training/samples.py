@@ -74,7 +74,7 @@ def make_sampler(
         args: the settings.
         sample: the family's.
         tokenizer: of the model.
-        model: what is trained, before an engine takes it.
+        model: of which the context is read.
         chat: whether prompts go through the chat template.
         row: of the data, for a prompt where none is given.
         resume: the checkpoint that the run goes on from.
@@ -89,7 +89,7 @@ def make_sampler(
         tokenizer, args.sample_prompt, chat=chat, row=row, length=args.sample_length, context=context
     )
     sampler = Sampler(
-        lambda ids, length: sample(model, tokenizer, ids, length, args.seed),
+        lambda model, ids, length: sample(model, tokenizer, ids, length, args.seed),
         prompts,
         decode=tokenizer.decode,
         folder=Path(str(args.output_dir)),
@@ -109,7 +109,7 @@ class Sampler:
     same, and the training's own random numbers are not touched. The first process shows and keeps it.
 
     Args:
-        write: (ids of each prompt, tokens to write) -> texts, the same on every rank.
+        write: (model, ids of each prompt, tokens to write) -> texts, the same on every rank.
         prompts: ids of each prompt.
         decode: ids -> text.
         folder: of the run.
@@ -120,7 +120,7 @@ class Sampler:
 
     def __init__(
         self,
-        write: Callable[[list[list[int]], int], list[str]],
+        write: Callable[[Any, list[list[int]], int], list[str]],
         prompts: list[list[int]],
         *,
         decode: Callable[[list[int]], str],
@@ -134,12 +134,12 @@ class Sampler:
         self.path = folder / SAMPLES
         self.done = 0  # transformers looks what is due once more where an epoch ends
 
-    def __call__(self, step: int) -> None:
+    def __call__(self, model: Any, step: int) -> None:
         """Samples, if it is time to."""
         if step % self.every or step <= self.done:
             return
         self.done = step
-        texts = self.write(self.prompts, self.length)
+        texts = self.write(model, self.prompts, self.length)
         if not self.first:
             return
         with self.path.open("a", encoding="utf-8") as file:

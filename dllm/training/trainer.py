@@ -120,8 +120,8 @@ class MaskedDiffusionTrainer(transformers.Trainer):
 
         self.meter = Meter(args.device, work(model), whole=(args.min_time, args.max_time) == (0.0, 1.0))
         self.guard = None if args.fp16 else FiniteGuard(args.process_index, self._describe, self._go_on)
-        self.sampler: Callable[[int], None] | None = None
-        """Called on every rank after each step, with the steps done; see `dllm.training.samples`."""
+        self.sampler: Callable[[nn.Module, int], None] | None = None
+        """Called on every rank after each step, with the model and the steps done; see `dllm.training.samples`."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)  # OrderedDataset shuffles
@@ -234,7 +234,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         entered = time.monotonic()
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.sampler is not None:
-            self.sampler(self.state.global_step)
+            self.sampler(self.model, self.state.global_step)
         self.meter.leave_out(entered)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:

@@ -35,6 +35,10 @@ class Run(NamedTuple):
 
 
 Runs = dict[str, Run]
+KEYS = [
+    "loss", "grad_norm", "learning_rate", "nll", "masked_nll", "nll_t50_75", "masked_fraction", "tokens_seen",
+    "eval_loss", "eval_nll", "eval_nll_t50_75",
+]  # fmt: skip
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -75,11 +79,11 @@ def test_the_layouts_are_what_they_say(runs: Runs) -> None:
         assert said + ("MULTI_CPU, fp32 on cpu" if processes > 1 else "fp32 on cpu") in runs[name].shown
 
 
-@pytest.mark.parametrize("key", ["loss", "grad_norm", "eval_loss", "learning_rate"])
+@pytest.mark.parametrize("key", KEYS)
 def test_the_logs_agree(runs: Runs, key: str) -> None:
     first, *others = ([(row["step"], row[key]) for row in run.log if key in row] for run in runs.values())
     steps = [step for step, _ in first]
-    assert steps == ([3, 6] if key == "eval_loss" else list(range(1, STEPS + 1)))
+    assert steps == ([3, 6] if key.startswith("eval_") else list(range(1, STEPS + 1)))
     assert len({value for _, value in first}) > 1
     for other in others:
         assert [step for step, _ in other] == steps
