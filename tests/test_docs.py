@@ -21,6 +21,7 @@ ids = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
 OF_OTHERS = {"--config_file", "--num_processes"}
 """Options of `accelerate launch`."""
+OF_SLURM = {"--nodes", "--gres", "--partition", "--account", "--qos", "--time", "--mem", "--signal", "--batch"}
 
 
 @every_document
@@ -34,13 +35,16 @@ def test_links_lead_to_files(path: Path) -> None:
 def test_options_exist(path: Path) -> None:
     from dllm.training.adapters import AdapterArguments
     from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
+    from dllm.training.launch import OPTIONS
+    from dllm.training.slurm_options import make_parser
 
     settings = (ModelArguments, DataArguments, TrainingArguments, AdapterArguments, SamplingConfig)
     known = {f"--{field.name}" for kind in settings for field in dataclasses.fields(kind)}
-    known |= {f"--{alias}" for alias in ALIASES} | {*RECIPE, *OF_OTHERS, "--help"}
+    known |= {f"--{alias}" for alias in ALIASES} | {*RECIPE, *OF_OTHERS, *OF_SLURM, *OPTIONS, "--help"}
+    known |= {name for action in make_parser()._actions for name in action.option_strings}
     for source in (*(ROOT / "dllm/cli").glob("*.py"), *(ROOT / "examples").rglob("*.py")):
         known |= set(re.findall(r'"(--\w+)"', source.read_text(encoding="utf-8")))
-    named = set(re.findall(r"(?<![\w-])--[a-z]\w+(?!-)", path.read_text(encoding="utf-8")))
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+(?![\w-])", path.read_text(encoding="utf-8")))
     assert named <= known, sorted(named - known)
 
 

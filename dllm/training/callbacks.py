@@ -248,3 +248,13 @@ class StopOnSignal(TrainerCallback):
         """Gives the signals back to whoever had them."""
         while self._before:
             signal.signal(*self._before.popitem())
+
+
+def end_together() -> None:
+    """Waits until every process of a stopped run has come here, and ignores SIGTERM from then on.
+
+    A launcher ends all processes when one has ended with a status other than 0: not while another still seals its files, nor
+    so that it ends with another status.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.distributed.barrier()

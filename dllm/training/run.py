@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,7 +41,7 @@ from dllm.training.adapters import (
     wants_adapter,
 )
 from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
-from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, hide_bars
+from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, end_together, hide_bars
 from dllm.training.checkpoints import UNFINISHED, no_room, put_in_place
 from dllm.training.curves import draw_losses
 from dllm.training.engines import check_engine, resumable, running
@@ -180,10 +179,7 @@ def run(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
             raise SystemExit(2) from error
         raise
     if stopped_by is not None and args.world_size > 1:
-        # who ends first with such a status makes the launcher end the others: not while one still seals its files, nor with
-        # another status
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        torch.distributed.barrier()
+        end_together()
     leave_group()
     if stopped_by is not None:
         raise SystemExit(exit_status(stopped_by))

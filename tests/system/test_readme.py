@@ -62,7 +62,7 @@ def test_every_block_is_run_or_listed() -> None:
     assert None not in starts, "mark the block with <!-- test: run -->, or list it in NOT_RUN"
     assert sorted(map(str, starts)) == sorted(NOT_RUN)
     assert len(left) < len(shown)
-    assert {block.marker for block in shown} == {None, "run", "substituted"}
+    assert {block.marker for block in shown} == {None, "run", "substituted", "slurm"}
     assert [block.language for block in shown if block.marker == "run"] == ["bash", "python"]
     assert len(gpu_commands()) == 4
 
@@ -82,6 +82,18 @@ def test_commands_run_as_they_stand(block: Block, tmp_path: Path) -> None:
     assert "Saved the model and its tokenizer to models/addition/checkpoint-final" in shown
     assert "Traceback" not in shown
     assert "Warning" not in shown
+
+
+def test_slurm_commands_are_understood(tmp_path: Path) -> None:
+    (block,) = marked(README, "slurm")
+    assert block.text.count("sbatch --nodes=") == 3
+    # what sbatch does with its command line: its own options end where the script's name stands
+    sbatch = 'sbatch() { while [[ $1 == -* ]]; do shift; done; bash "$@" --dry_run; }\n'
+    shown = run(sbatch + block.text, make_workshop(tmp_path))
+    commands_shown = [line for line in shown.splitlines() if line.startswith("command ")]
+    assert len(commands_shown) == 3
+    assert all("--max_length 1024" in line for line in commands_shown)
+    assert shown.count("/deepspeed_zero2.yaml\n") == 3
 
 
 def test_generate_alone_shows_a_grid(tmp_path: Path) -> None:

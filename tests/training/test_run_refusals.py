@@ -15,6 +15,8 @@ from dllm.data.builtin import builtin_rows
 from dllm.errors import CheckpointError, DataError, DllmError, OptionError
 from dllm.pipelines import llada
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer
+from dllm.training.arguments import TrainingArguments
+from dllm.training.checkpoints import seal
 from dllm.training.output import check_output_dir
 from dllm.training.run import parse_arguments
 
@@ -114,6 +116,18 @@ def test_an_output_folder_without_a_whole_checkpoint_cannot_be_resumed(copied: P
     refuses(
         "pretrain", argv, OptionError, "auto: " + str(copied) + " holds no whole checkpoint to go on from. Name another"
     )
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="auto")
+    (tmp_path / "log.jsonl").touch()
+    assert check_output_dir(args) is None
+    damaged = tmp_path / "checkpoint-3"
+    damaged.mkdir()
+    with pytest.raises(OptionError, match="holds no whole checkpoint to go on from"):
+        check_output_dir(args)
+    seal(damaged)
+    assert check_output_dir(args) == str(damaged)
 
 
 def test_a_damaged_checkpoint_that_is_named_is_refused(copied: Path) -> None:
