@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 from golden import cases
 from safetensors.torch import load_file
-from system.workshop import save_tiny_model
+from system.workshop import ROOT, commands, marked, save_tiny_model
 from torch import Tensor, nn
 from training.commands import PRETRAIN, QUIET, Done, equal
 
+from dllm.cli.main import main
 from dllm.errors import CheckpointError, OptionError
 from dllm.layers.adapters import QUANTISATION, SETTINGS, TENSORS, attach, base_of
 from dllm.pipelines import llada
@@ -368,3 +370,30 @@ def test_info_names_the_base(tuned: Done, base: Path) -> None:
 def test_an_adapter_is_put_on_a_model_that_it_fits(tuned: Done) -> None:
     with pytest.raises(CheckpointError, match="does not fit the model"):
         attach(llada.load_model(cases.folder("llada_dense")), tuned.final)
+
+
+def test_the_command_line_samples_converts_and_trains_as_the_document_says(
+    tuned: Done, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "GSAI-ML/LLaDA-8B-Base": str(base),
+        "allenai/tulu-3-sft-mixture[train:10000,test:1000]": "builtin:addition[train:8,test:2]",
+        "1024": "60",
+        "4": "1",
+    }
+    shown = [words for block in marked(ROOT / "docs/training.md", "adapters") for words in commands(block)]
+    assert [words[:2] for words in shown] == [
+        ["dllm", "sft"], ["dllm", "sft"], ["dllm", "generate"], ["dllm", "convert"], ["dllm", "sft"],
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="The adapter .* was trained on weights of 4 bits", category=UserWarning
+        )
+        for words in shown:
+            main([small.get(word, word) for word in words[1:]])
+    assert "--load_in_4bit" in shown[1]
+    assert "Traceback" not in capsys.readouterr().out
+    (merged,) = (words[3] for words in shown if words[1] == "convert")
+    assert (tmp_path / merged / "config.json").exists()
