@@ -292,6 +292,7 @@ def test_qlora_loads_upon_the_quantised_base_and_merges_into_it_unpacked(quantis
     (["--r", "8"], "--r is of adapters: add --lora, or leave it out."),
     (["--load_in_4bit"], "--load_in_4bit is of adapters: add --lora"),
     (["--lora", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit --load_in_8bit: choose one."),
+    (["--lora", "--use_dora", "--load_in_8bit"], "--use_dora does not go with --load_in_8bit: take --load_in_4bit"),
     (["--lora", "--r", "0"], "--r 0 --lora_alpha 32: a rank of 1 or more"),
     (["--lora", "--lora_dropout", "1"], "--lora_dropout 1.0: it is at least 0 and less than 1."),
     (["--lora", "--base_dtype", "int8"], "--base_dtype 'int8' does not exist"),
