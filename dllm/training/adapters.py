@@ -104,6 +104,8 @@ class AdapterArguments:
             )
         if self.load_in_4bit and self.load_in_8bit:
             raise OptionError("--load_in_4bit --load_in_8bit: choose one.")
+        if self.use_dora and self.load_in_8bit:
+            raise OptionError("--use_dora does not go with --load_in_8bit: take --load_in_4bit, or leave one out.")
         if self.target_parameters and (self.lora_dropout or self.use_dora or self.load_in_4bit or self.load_in_8bit):
             raise OptionError(
                 "--target_parameters takes no --lora_dropout, --use_dora, --load_in_4bit or --load_in_8bit: leave one out."

@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 import torch
 from golden import cases
 from safetensors.torch import load_file
-from system.workshop import save_tiny_model
+from system.workshop import ROOT, commands, marked, save_tiny_model
 from torch import Tensor, nn
 from training.commands import PRETRAIN, QUIET, Done, equal
 
+from dllm.cli.main import main
 from dllm.errors import CheckpointError, OptionError
 from dllm.layers.adapters import QUANTISATION, SETTINGS, TENSORS, attach, base_of
 from dllm.pipelines import llada
@@ -290,6 +292,7 @@ def test_qlora_loads_upon_the_quantised_base_and_merges_into_it_unpacked(quantis
     (["--r", "8"], "--r is of adapters: add --lora, or leave it out."),
     (["--load_in_4bit"], "--load_in_4bit is of adapters: add --lora"),
     (["--lora", "--load_in_4bit", "--load_in_8bit"], "--load_in_4bit --load_in_8bit: choose one."),
+    (["--lora", "--use_dora", "--load_in_8bit"], "--use_dora does not go with --load_in_8bit: take --load_in_4bit"),
     (["--lora", "--r", "0"], "--r 0 --lora_alpha 32: a rank of 1 or more"),
     (["--lora", "--lora_dropout", "1"], "--lora_dropout 1.0: it is at least 0 and less than 1."),
     (["--lora", "--base_dtype", "int8"], "--base_dtype 'int8' does not exist"),
@@ -368,3 +371,30 @@ def test_info_names_the_base(tuned: Done, base: Path) -> None:
 def test_an_adapter_is_put_on_a_model_that_it_fits(tuned: Done) -> None:
     with pytest.raises(CheckpointError, match="does not fit the model"):
         attach(llada.load_model(cases.folder("llada_dense")), tuned.final)
+
+
+def test_the_command_line_samples_converts_and_trains_as_the_document_says(
+    tuned: Done, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(tmp_path)
+    small = {
+        "GSAI-ML/LLaDA-8B-Base": str(base),
+        "allenai/tulu-3-sft-mixture[train:10000,test:1000]": "builtin:addition[train:8,test:2]",
+        "1024": "60",
+        "4": "1",
+    }
+    shown = [words for block in marked(ROOT / "docs/training.md", "adapters") for words in commands(block)]
+    assert [words[:2] for words in shown] == [
+        ["dllm", "sft"], ["dllm", "sft"], ["dllm", "generate"], ["dllm", "convert"], ["dllm", "sft"],
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="The adapter .* was trained on weights of 4 bits", category=UserWarning
+        )
+        for words in shown:
+            main([small.get(word, word) for word in words[1:]])
+    assert "--load_in_4bit" in shown[1]
+    assert "Traceback" not in capsys.readouterr().out
+    (merged,) = (words[3] for words in shown if words[1] == "convert")
+    assert (tmp_path / merged / "config.json").exists()
