@@ -53,6 +53,9 @@ def test_pretrain_sft_generate(here: Path, capfd: pytest.CaptureFixture[str]) ->
         "checkpoint-4",
         "checkpoint-final",
         "log.jsonl",
+        "losses.png",
+        "run.json",
+        "runs",
         "trainer_state.json",
     ]
 
