@@ -118,9 +118,10 @@ def test_an_output_folder_without_a_whole_checkpoint_cannot_be_resumed(copied: P
     )
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["run.json", "log.jsonl"])
+def test_a_run_that_ended_before_its_first_checkpoint_begins_anew(tmp_path: Path, name: str) -> None:
     args = TrainingArguments(output_dir=str(tmp_path), resume_from_checkpoint="auto")
-    (tmp_path / "log.jsonl").touch()
+    (tmp_path / name).touch()
     assert check_output_dir(args) is None
     damaged = tmp_path / "checkpoint-3"
     damaged.mkdir()
