@@ -161,7 +161,7 @@ def check_adapter(adapter: AdapterArguments, args: TrainingArguments, resume: st
         raise MissingExtraError("bitsandbytes", "quantisation", bits) from error
     for engine, used in (
         ("DeepSpeed ZeRO-3", is_deepspeed_zero3_enabled()),
-        ("FSDP", bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"),
+        ("FSDP", bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"),
         ("--torch_compile", args.torch_compile),
     ):
         if used:
