@@ -160,3 +160,29 @@ def test_ctrl_c_on_two_processes_leaves_a_whole_checkpoint_and_the_same_command_
     run([*command, str(out)], tmp_path)
     assert [row["step"] for row in read_log(out / "log.jsonl") if "loss" in row] == list(range(1, int(steps) + 1))
     assert (out / "checkpoint-final").exists()
+
+
+def test_two_processes_that_are_killed_go_on_to_the_same_bits_under_zero2(tmp_path: Path) -> None:
+    steps, config = 120, ROOT / "scripts" / "accelerate_configs" / "deepspeed_zero2.yaml"
+    script = str(ROOT / "examples" / "llada" / "pt.py")
+    launch = [str(BIN / "accelerate"), "launch", "--config_file", str(config), "--num_processes", "2", script]
+    adamw = [word for word in COMMAND[2:-1] if word not in ("--optimizer", "muon")]
+    command = [*launch, *adamw, "--max_steps", str(steps), "--save_steps", "20", "--output_dir"]
+    whole, out = tmp_path / "whole", tmp_path / "run"
+    run([*command, str(whole)], tmp_path)
+    process = start(out, command=command)
+    wait_for_step(process, out, 50)
+    os.killpg(process.pid, signal.SIGKILL)  # the launcher and both ranks
+    process.wait(timeout=60)
+    assert not (out / "checkpoint-final").exists()
+    resumed = run([*command, str(out)], tmp_path)
+    assert "DEEPSPEED stage 2" in resumed
+    assert "step 20/" not in resumed, "it began anew"
+    expected, found = (
+        [(row["loss"], row["grad_norm"]) for row in read_log(folder / "log.jsonl") if "loss" in row]
+        for folder in (whole, out)
+    )
+    assert len(expected) == steps
+    assert found == expected
+    for name, tensor in final_weights(whole).items():
+        assert torch.equal(tensor, final_weights(out)[name]), name

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dllm.training.checkpoints import SEAL, fault, last_whole, no_room, seal
+from dllm.training.checkpoints import SEAL, UNFINISHED, fault, last_whole, no_room, put_in_place, rotate, seal
 
 FILES = {"model.safetensors": 900, "optimizer.pt": 1500, "trainer_state.json": 20, "global_step2/rank_0.pt": 300}
 
@@ -64,6 +64,43 @@ def test_the_last_whole_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -
     assert last_whole(tmp_path) == tmp_path / "checkpoint-100"
     (tmp_path / "checkpoint-100" / "optimizer.pt").unlink()
     assert last_whole(tmp_path) == tmp_path / "checkpoint-10"
+
+
+def test_a_folder_gets_its_place_whole_and_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    place = tmp_path / "checkpoint-2"
+    for content in ("first", "second"):
+        unfinished = tmp_path / UNFINISHED / "checkpoint-2"
+        unfinished.mkdir(parents=True)
+        (unfinished / content).write_text(content)
+        put_in_place(unfinished, place)
+        assert [path.name for path in place.iterdir()] == [content]
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "keep", "best", "left"),
+    [
+        ([2, 4, 6], 2, None, [4, 6]),
+        ([2, 4, 6], 1, None, [6]),
+        ([2, 4, 6], None, None, [2, 4, 6]),
+        ([2, 4, 6], 0, None, [2, 4, 6]),
+        ([2, 4, 6], 2, 2, [2, 6]),
+        ([2, 4, 6], 1, 2, [2, 6]),
+        ([9, 10, 100], 2, None, [10, 100]),
+        ([6, 8, 2, 4], 2, None, [2, 4]),  # a run that went back
+    ],
+)
+def test_the_oldest_checkpoints_go(
+    saved: list[int], keep: int | None, best: int | None, left: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoint-final").mkdir()
+    (tmp_path / "checkpoint-1").write_text("a file")
+    for time, step in enumerate(saved):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (1000 + time, 1000 + time))
+    rotate(tmp_path, keep, None if best is None else str(tmp_path / f"checkpoint-{best}"))
+    names = {"checkpoint-final", "checkpoint-1", *(f"checkpoint-{step}" for step in left)}
+    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 WRITERS: dict[str, Callable[[Path], object]] = {

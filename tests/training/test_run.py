@@ -25,7 +25,7 @@ from dllm.pipelines import llada
 from dllm.pipelines.llada.trainer import LLADA, LLaDATrainer
 from dllm.training.arguments import TrainingArguments
 from dllm.training.callbacks import read_log
-from dllm.training.checkpoints import SEAL, fault
+from dllm.training.checkpoints import SEAL, UNFINISHED, fault
 from dllm.training.output import check_disk, check_output_dir
 from dllm.training.run import Family, parse_arguments, run
 
@@ -202,10 +202,22 @@ run("pretrain", replace(LLADA, trainer=Killed), sys.argv[1:])
     argv = [*PRETRAIN, "--output_dir", str(tmp_path / "run")]
     done = subprocess.run([sys.executable, "-c", script, *argv], capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL
-    assert (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").exists()
-    assert fault(tmp_path / "run" / "checkpoint-4") is not None
+    assert (tmp_path / "run" / UNFINISHED / "checkpoint-4" / "optimizer.pt").exists()
+    assert not (tmp_path / "run" / "checkpoint-4").exists()
     final = llada.pretrain([*argv, "--resume_from_checkpoint", "auto"])
     assert equal(weights(final), weights(pretrained.final))
+    assert not (tmp_path / "run" / UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("left", ["log.jsonl", f"{UNFINISHED}/checkpoint-2/model.safetensors"])
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(
+    left: str, tmp_path: Path, pretrained: Done
+) -> None:
+    (tmp_path / "run" / left).parent.mkdir(parents=True)
+    (tmp_path / "run" / left).write_text("{half a file")
+    final = llada.pretrain([*PRETRAIN, "--output_dir", str(tmp_path / "run"), "--resume_from_checkpoint", "auto"])
+    assert equal(weights(final), weights(pretrained.final))
+    assert not (tmp_path / "run" / UNFINISHED).exists()
 
 
 # --- no room on the disk ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -286,3 +287,17 @@ def test_what_lies_in_the_place_of_a_checkpoint_is_not_mixed_with_it(make_traine
     make_trainer(max_steps=1, save_strategy="steps", save_steps=1).train()
     assert not (old / "rng_state_7.pth").exists()
     assert fault(old) is None
+
+
+def test_the_best_checkpoint_is_known_by_its_place(make_trainer: MakeTrainer, rows_of: Any, tmp_path: Path) -> None:
+    options = dict(eval_strategy="steps", eval_steps=1, metric_for_best_model="loss", greater_is_better=True)
+    trainer = make_trainer(
+        test=rows_of("pretrain", 4), max_steps=3, save_strategy="steps", save_steps=1, save_total_limit=2, **options
+    )
+    trainer.train()  # the loss falls: the first is the greatest
+    best = str(tmp_path / "run" / "checkpoint-1")
+    for step in (1, 3):
+        state = json.loads((tmp_path / "run" / f"checkpoint-{step}" / "trainer_state.json").read_text())
+        assert state["best_model_checkpoint"] == best
+    assert trainer.state.best_model_checkpoint == best
+    assert not (tmp_path / "run" / "checkpoint-2").exists()
