@@ -118,7 +118,8 @@ def test_there_is_a_line_at_every_checkpoint(args: TrainingArguments, save: bool
         ),
         (
             {"eval_loss": 1.25, "eval_nll": 1.5, "eval_ppl": 4.4817, **{f"eval_nll_{name}": 1.0 for name in QUARTERS}},
-            "step 3/9  loss 1.2500 on unseen rows  1.5000 nats a token  perplexity 4.482  by quarter of t" + 4 * " 1.000",
+            "step 3/9  loss 1.2500 on unseen rows  1.5000 nats a token  perplexity 4.482  by quarter of t"
+            + 4 * " 1.000",
         ),
         (
             {"eval_loss": 1.5, "eval_nll": 1.5, "eval_ppl": 4.4817},
