@@ -19,8 +19,8 @@ DOCUMENTS = sorted(
 )
 ids = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=ids)
-OF_OTHERS = {"--config_file", "--num_processes"}
-"""Options of `accelerate launch`."""
+OF_OTHERS = {"--config_file", "--num_processes", "--logdir"}
+"""Options of `accelerate launch` and `tensorboard`."""
 OF_SLURM = {"--nodes", "--gres", "--partition", "--account", "--qos", "--time", "--mem", "--signal", "--batch"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -147,7 +148,9 @@ def log_line(step: int, steps: int, logs: dict[str, Any]) -> str:
     elif "eval_loss" in logs:
         words = f"loss {logs['eval_loss']:.4f} on unseen rows"
         if "eval_nll" in logs:
-            words += f"  {logs['eval_nll']:.4f} nats a token, perplexity {logs['eval_ppl']:.4g}"
+            if not math.isclose(logs["eval_nll"], logs["eval_loss"], rel_tol=1e-9):
+                words += f"  {logs['eval_nll']:.4f} nats a token"
+            words += f"  perplexity {logs['eval_ppl']:.4g}"
         quarters = [f"{logs[key]:.3f}" for key in (f"eval_nll_{name}" for name in QUARTERS) if key in logs]
         words += f"  by quarter of t {' '.join(quarters)}" if len(quarters) == len(QUARTERS) else ""
     elif "train_loss" in logs:

@@ -187,15 +187,14 @@ class Meter:
 
         Args:
             rows: of `row_sums`.
-            inputs: the batch; positions that its `attention_mask` [B, L] hides are not counted.
+            inputs: the batch; see `seen`.
             step: the steps done before this one.
         """
         if self.began is None:
             self.began = time.monotonic()
             self.first = (self.began, step)
         self.sums += rows.sum(0)
-        real_B = real_positions(inputs).to(self.positions.dtype)
-        self.positions += torch.stack([real_B.sum(), (real_B * real_B).sum()])
+        self.positions += torch.stack(seen(inputs)).to(self.positions.dtype)
 
     def vector(self) -> Tensor:
         """[2Q + 5], what is added up over ranks, and last the memory, of which the greatest counts."""
@@ -239,16 +238,28 @@ class Meter:
             self.began += time.monotonic() - max(since, self.began)
 
 
-def real_positions(inputs: dict[str, Tensor]) -> Tensor:
-    """int64 [B]: positions of each row that are attended to; padding with end-of-text is, as it is learnt.
+def seen(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """How many positions of a batch hold text, and how many pairs of them attend to each other.
 
-    Of each document, [D], where rows hold several.
+    Positions that an `attention_mask` [B, L] hides, and those of packed rows that are in no document (`document` -1), hold
+    none; padding with end-of-text does, as it is learnt. Documents of one row (`document`, `document_ids`) do not see each other.
+
+    Returns:
+        Two int64 scalars.
     """
-    if "document" in inputs:
-        document_BL = inputs["document"]
-        return document_BL[document_BL >= 0].bincount(minlength=len(inputs["sample"]))
-    mask = inputs.get("attention_mask")
     ids_BL = inputs["input_ids"]
-    if mask is not None and mask.shape == ids_BL.shape:
-        return mask.bool().sum(1)
-    return torch.full((len(ids_BL),), ids_BL.shape[1], device=ids_BL.device)
+    rows, length = ids_BL.shape
+    row_B1 = torch.arange(rows, device=ids_BL.device)[:, None]
+    real_BL = torch.ones_like(ids_BL, dtype=torch.bool)
+    group_BL = row_B1.expand(rows, length)
+    mask = inputs.get("attention_mask")
+    if "document" in inputs:  # numbered through the batch
+        group_BL, real_BL = inputs["document"].clamp(min=0), inputs["document"] >= 0
+    elif "document_ids" in inputs:  # numbered from 0 in each row
+        group_BL = row_B1 * (length + 1) + inputs["document_ids"]
+    elif mask is not None and mask.shape == ids_BL.shape:
+        real_BL = mask.bool()
+    # unlike a count of occurrences with bincount, this does not wait for the device
+    sizes = torch.zeros(rows * (length + 1), dtype=torch.int64, device=ids_BL.device)
+    sizes.scatter_add_(0, group_BL.flatten(), real_BL.long().flatten())
+    return real_BL.sum(), (sizes * sizes).sum()

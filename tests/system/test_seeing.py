@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from system.workshop import CPU_CONFIG, make_workshop, run, save_tiny_model
+from system.workshop import make_workshop, run, save_tiny_model
 
 from dllm.training.checkpoints import fault
 
 pytestmark = pytest.mark.system
 
+HERE = Path(__file__).resolve().parent
 POISONED = """
 import math, sys
 from dataclasses import replace
@@ -34,7 +35,8 @@ except NonFiniteError as error:
 """
 
 
-def test_all_processes_stop_at_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed_zero3", "fsdp"])
+def test_all_processes_stop_at_a_loss_that_is_not_finite(tmp_path: Path, engine: str) -> None:
     save_tiny_model(make_workshop(tmp_path) / "base")
     (tmp_path / "poisoned.py").write_text(POISONED)
     options = (
@@ -42,8 +44,10 @@ def test_all_processes_stop_at_a_loss_that_is_not_finite(tmp_path: Path) -> None
         "--per_device_train_batch_size 4 --max_steps 5 --logging_steps 1 --save_steps 2 --report_to none "
         "--sample_every 1 --sample_length 5 --output_dir run"
     )
-    launch = f"accelerate launch --config_file {CPU_CONFIG} --num_processes 2"
-    shown = run(f"{launch} poisoned.py {options}", tmp_path, code=1)
+    script = f"{HERE / 'fsdp_on_cpu.py'} poisoned.py" if engine == "fsdp" else "poisoned.py"
+    launch = f"accelerate launch --config_file scripts/accelerate_configs/{engine}.yaml --num_processes 2"
+    shown = run(f"{launch} {script} {options}", tmp_path, code=1)
+    assert {"ddp": "MULTI_CPU", "deepspeed_zero3": "DEEPSPEED stage 3", "fsdp": "FSDP version 2"}[engine] in shown
     # samples 16 to 23 are the third step's; the last of them is the second process's
     said = [line.partition("SAID ")[2] for line in shown.splitlines() if "SAID " in line]
     assert len(said) == 2, shown

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from dllm.training.callbacks import JsonLog, StopOnSignal, log_line, read_log
+from dllm.training.callbacks import Bar, JsonLog, StopOnSignal, count, duration, log_line, read_log
+from dllm.training.metrics import QUARTERS
 
 
 def state(step: int, first: bool = True) -> TrainerState:
@@ -111,6 +112,19 @@ def test_there_is_a_line_at_every_checkpoint(args: TrainingArguments, save: bool
     ("logs", "line"),
     [
         ({"loss": 2.0, "grad_norm": 0.5, "learning_rate": 1e-4}, "step 3/9  loss 2.0000  gradient 0.5  rate 0.0001"),
+        (
+            {"loss": 2.0, "tokens_per_second": 12345.0, "mfu": 0.451, "eta_seconds": 7500.0, "nll": 1.0},
+            "step 3/9  loss 2.0000  12.3k tokens/s  MFU 45 %  2 h 05 min left",
+        ),
+        (
+            {"eval_loss": 1.25, "eval_nll": 1.5, "eval_ppl": 4.4817, **{f"eval_nll_{name}": 1.0 for name in QUARTERS}},
+            "step 3/9  loss 1.2500 on unseen rows  1.5000 nats a token  perplexity 4.482  by quarter of t"
+            + 4 * " 1.000",
+        ),
+        (
+            {"eval_loss": 1.5, "eval_nll": 1.5, "eval_ppl": 4.4817},
+            "step 3/9  loss 1.5000 on unseen rows  perplexity 4.482",
+        ),
         ({"eval_loss": 1.25, "eval_runtime": 1.0}, "step 3/9  loss 1.2500 on unseen rows"),
         ({"train_loss": 1.5, "train_runtime": 2.0}, "step 3/9  trained in 2.0 s, mean loss 1.5000"),
     ],
@@ -216,3 +230,29 @@ def test_signals_are_given_back_once(args: TrainingArguments) -> None:
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(0.5, "0.5"), (950, "950"), (12_345, "12.3k"), (4_560_000, "4.56M"), (7.1e9, "7.1G")]
+)
+def test_numbers_in_three_digits(number: float, words: str) -> None:
+    assert count(number) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0 s"), (89, "89 s"), (90, "2 min"), (3570, "1 h 00 min"), (11_100, "3 h 05 min"), (187_200, "2 d 4 h")],
+)
+def test_times_in_two_units(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_the_bar_says_loss_and_speed(args: TrainingArguments) -> None:
+    bar = Bar()
+    begun = TrainerState(max_steps=9, is_world_process_zero=True)
+    bar.on_train_begin(args, begun, TrainerControl())
+    bar.on_log(args, begun, TrainerControl(), logs={"loss": 2.0, "tokens_per_second": 12345.0})
+    assert bar.training_bar.postfix == "loss 2.0000, 12.3k tokens/s"
+    bar.on_log(args, begun, TrainerControl(), logs={"eval_loss": 1.0})
+    assert bar.training_bar.postfix == "loss 2.0000, 12.3k tokens/s"
+    bar.on_train_end(args, begun, TrainerControl())

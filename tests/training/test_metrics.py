@@ -14,7 +14,7 @@ import torch
 from dllm.diffusion.schedule import mask_probability, time_of
 from dllm.pipelines import llada
 from dllm.pipelines.llada.trainer import LLaDATrainer
-from dllm.training.metrics import COLUMNS, PEAKS, QUARTERS, Meter, Work, nll_metrics, real_positions, row_sums, work
+from dllm.training.metrics import COLUMNS, PEAKS, QUARTERS, Meter, Work, nll_metrics, row_sums, seen, work
 
 MakeTrainer = Callable[..., LLaDATrainer]
 RowsOf = Callable[..., datasets.Dataset]
@@ -133,11 +133,20 @@ def test_the_table_of_devices_finds_the_longer_name_first() -> None:
         assert not [other for other in names[:place] if other in name], name
 
 
-def test_hidden_positions_are_not_counted() -> None:
-    ids = torch.zeros(2, 5, dtype=torch.int64)
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
-    assert real_positions({"input_ids": ids}).tolist() == [5, 5]
-    assert real_positions({"input_ids": ids, "attention_mask": mask}).tolist() == [3, 5]
+@pytest.mark.parametrize(
+    ("more", "positions", "pairs"),
+    [
+        ({}, 10, 25 + 25),
+        ({"attention_mask": [[True, True, True, False, False], [True] * 5]}, 8, 9 + 25),
+        ({"document": [[0, 0, 1, 1, 1], [2, 2, -1, -1, -1]]}, 7, 4 + 9 + 4),
+        ({"document_ids": [[0, 0, 0, 1, 1], [0, 1, 2, 3, 4]]}, 10, 9 + 4 + 5),
+    ],
+)
+def test_positions_without_text_and_pairs_that_do_not_see_each_other_are_not_counted(
+    more: dict[str, Any], positions: int, pairs: int
+) -> None:
+    inputs = {"input_ids": torch.zeros(2, 5, dtype=torch.int64), **{k: torch.tensor(v) for k, v in more.items()}}
+    assert [int(number) for number in seen(inputs)] == [positions, pairs]
 
 
 def test_speed_share_of_the_peak_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
