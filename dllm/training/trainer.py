@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from dllm.data.order import OrderedDataset
+from dllm.data.packing import PackedDataset
 from dllm.diffusion.corruption import Corrupted, CorruptionPlan, Documents
 from dllm.diffusion.objective import batch_count, token_weights
 from dllm.training.arguments import TrainingArguments
@@ -249,7 +250,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
 
     def _describe(self, sample: int) -> str:
         """Which row a sample is, and how it begins."""
-        if not isinstance(self.train_dataset, OrderedDataset):
+        if not isinstance(self.train_dataset, OrderedDataset | PackedDataset):
             return "of a stream"
         number = self.train_dataset.row_number(sample)
         ids = self.train_dataset.rows[number]["input_ids"][:12]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from training.commands import PRETRAIN, Done, equal, weights
+from training.commands import PRETRAIN, SFT, Done, equal, weights
 from transformers import TrainerCallback
 
 from dllm.errors import NonFiniteError
@@ -30,7 +30,10 @@ def poisoned(sample: int, value: float) -> type[LLaDATrainer]:
     class Poisoned(LLaDATrainer):
         def score(self, model: Any, inputs: Any, plan: Any, denominator: Any) -> Any:
             scored = super().score(model, inputs, plan, denominator)
-            hit_N = (inputs["sample"] == sample)[scored.noisy.masked_BL.nonzero()[:, 0]]
+            hit_D = inputs["sample"] == sample
+            masked_BL = scored.noisy.masked_BL
+            of_N = inputs["document"][masked_BL] if "document" in inputs else masked_BL.nonzero()[:, 0]
+            hit_N = hit_D[of_N]
             nll_N = scored.nll_N.masked_fill(hit_N, value)
             return scored._replace(nll_N=nll_N, loss=scored.loss + value if bool(hit_N.any()) else scored.loss)
 
@@ -111,3 +114,9 @@ def test_a_sample_is_found_again_in_the_rows(make_trainer: MakeTrainer) -> None:
         for place in range(len(data)):
             row = data[place]
             assert data.rows[data.row_number(row["sample"])]["input_ids"] == row["input_ids"]
+
+
+def test_a_packed_sample_is_named_by_its_row(tmp_path: Path) -> None:
+    argv = [*SFT, "--packing", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(NonFiniteError, match=r"Step \d: the loss is not finite on rank 0, .*\b1 \(row 1, '.*'"):
+        run("sft", replace(LLADA, trainer=poisoned(1, math.nan)), argv)
