@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
