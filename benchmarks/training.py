@@ -13,6 +13,7 @@ peak of a process of its own.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ from reference.trainer import padded_batch, plain_step
 
 from dllm.data.builtin import builtin_rows
 from dllm.data.collators import SFTCollator
+from dllm.data.order import OrderedDataset
 from dllm.data.packing import PackedDataset
 from dllm.diffusion.objective import head_loss
 from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM
@@ -107,10 +109,11 @@ def plain_steps(model: LLaDAModelLM, rows: Any, batch: int, *, bf16: bool) -> It
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-4, weight_decay=0.1, fused=True)
     tokenizer = char_tokenizer()
     model.train()
-    while True:
-        for start in range(0, len(rows) - batch + 1, batch):
-            some = [rows[i] for i in range(start, start + batch)]
-            ids, maskable = padded_batch(some, int(tokenizer.eos_token_id))
+    order = OrderedDataset(rows, seed=42, group=batch)  # the rows that our padded steps take, in their order
+    for epoch in itertools.count():
+        order.set_epoch(epoch)
+        for start in range(0, len(order), batch):
+            ids, maskable = padded_batch([order[i] for i in range(start, start + batch)], int(tokenizer.eos_token_id))
             plain_step(model, optimizer, ids, maskable, int(tokenizer.mask_token_id), bf16=bf16)
             yield int((ids != tokenizer.eos_token_id).sum())
 
@@ -194,8 +197,8 @@ def main() -> None:
         str(arguments.batch),
         "--capacity",
         str(arguments.capacity),
-        "--data",
-        arguments.data,
+        "--longest",
+        str(arguments.longest),
     ]
     lines = [
         "| vocabulary | trainer | ms a step | useful tokens/s | against plain | peak of the process, GB |",

@@ -129,3 +129,11 @@ def test_the_turn_depends_on_the_sample_and_the_seed_alone() -> None:
     assert draws[0] == draws[1]
     assert draws[0] != draws[2]
     assert len(set(draws[0])) == 8
+
+
+def test_documents_of_a_pretraining_row_are_told_apart_by_what_ends_them() -> None:
+    rows = [{"input_ids": [5, 6, 2, 7, 2, 8], "sample": 0}, {"input_ids": [2, 2, 5, 5, 5, 5], "sample": 1}]
+    plain = PretrainingCollator(seed=0, group=2, random_length=0)(rows)
+    assert "document_ids" not in plain
+    ids = PretrainingCollator(seed=0, group=2, random_length=0, separator=2)(rows)["document_ids"]
+    assert ids.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 2, 2, 2, 2]]

@@ -99,3 +99,25 @@ def test_rows_are_not_changed() -> None:
     for outside in (-1, 4):
         with pytest.raises(IndexError):
             data[outside]
+
+
+@pytest.mark.parametrize(("count", "group"), [(1000, 4), (301, 6), (3, 4)])
+def test_steps_of_one_length_are_still_a_keyed_permutation(count: int, group: int) -> None:
+    lengths = [row["length"] for row in rows(count)]
+    data = OrderedDataset(rows(count), seed=5, group=group, lengths=lengths)
+    epochs = [epoch_of(data, epoch) for epoch in (0, 1)]
+    for number, epoch in enumerate(epochs):
+        assert sorted(row["row"] for row in epoch[:count]) == list(range(count))
+        assert all(data.row_number(row["sample"]) == row["row"] for row in epoch)
+        assert epoch == epoch_of(OrderedDataset(rows(count), seed=5, group=group, lengths=lengths), number)
+        steps = [epoch[i : i + group] for i in range(0, count - group + 1, group)]
+        spread = [max(r["length"] for r in step) - min(r["length"] for r in step) for step in steps]
+        plain = epoch_of(OrderedDataset(rows(count), seed=5, group=group), number)
+        unsorted = [plain[i : i + group] for i in range(0, count - group + 1, group)]
+        padded = [sum(group * max(r["length"] for r in step) for step in each) for each in (steps, unsorted)]
+        if count > group:
+            assert sum(spread) / len(spread) < 1
+            assert padded[0] < 0.8 * padded[1]
+            longest = [max(r["length"] for r in step) for step in steps]
+            assert longest != sorted(longest, reverse=True), "whole steps are shuffled"
+    assert count < group or [row["row"] for row in epochs[0]] != [row["row"] for row in epochs[1]]

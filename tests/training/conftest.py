@@ -22,7 +22,7 @@ from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
 from dllm.pipelines.llada.tokenizer import char_tokenizer
 from dllm.pipelines.llada.trainer import LLaDATrainer
 from dllm.training.arguments import DataArguments, TrainingArguments
-from dllm.training.run import Task, make_collator
+from dllm.training.run import Task, make_collator, make_packed
 
 MakeTrainer = Callable[..., LLaDATrainer]
 TOKENIZER = char_tokenizer()
@@ -68,6 +68,7 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
         train: datasets.Dataset | None = None,
         test: datasets.Dataset | None = None,
         random_length: float = 0.0,
+        packed: int | None = None,
         **options: Any,
     ) -> LLaDATrainer:
         settings = dict(
@@ -82,6 +83,7 @@ def make_trainer(tmp_path: Path) -> MakeTrainer:
             train_dataset=tiny_rows(task, 10) if train is None else train,
             eval_dataset=test,
             make_collator=make_collator(task, data, TOKENIZER),
+            make_packed=None if packed is None else make_packed(DataArguments(max_length=packed, pack_eos="2")),
         )
 
     return make

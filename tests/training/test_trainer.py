@@ -301,3 +301,64 @@ def test_the_best_checkpoint_is_known_by_its_place(make_trainer: MakeTrainer, ro
         assert state["best_model_checkpoint"] == best
     assert trainer.state.best_model_checkpoint == best
     assert not (tmp_path / "run" / "checkpoint-2").exists()
+
+
+# --- packing, memory, speed ---
+
+
+@pytest.mark.parametrize("normalisation", NORMALISATIONS)
+def test_a_packed_step_does_not_depend_on_how_it_is_split(make_trainer: MakeTrainer, normalisation: str) -> None:
+    done = []
+    for batch, accumulated in ((4, 1), (2, 2), (1, 4)):
+        trainer = make_trainer(
+            "sft", packed=128, max_steps=3, per_device_train_batch_size=batch, loss_normalisation=normalisation,
+            gradient_accumulation_steps=accumulated, adam_epsilon=1e-4,
+        )  # fmt: skip
+        trainer.train()
+        done.append((logged(trainer, "loss"), logged(trainer, "grad_norm"), weights(trainer)))
+    (loss, norm, final), *others = done
+    assert len(loss) == 3
+    for other_loss, other_norm, other_final in others:
+        torch.testing.assert_close(other_loss, loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(other_norm, norm, rtol=1e-4, atol=0)
+        torch.testing.assert_close(other_final, final, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_checkpointed_activations_change_nothing(make_trainer: MakeTrainer, task: str) -> None:
+    done = []
+    for checkpointed in (False, True):
+        trainer = make_trainer(task, max_steps=3, gradient_checkpointing=checkpointed)
+        trainer.train()
+        done.append((logged(trainer, "loss"), weights(trainer)))
+    assert done[0][0] == done[1][0]
+    torch.testing.assert_close(done[0][1], done[1][1], rtol=0, atol=0)
+
+
+def test_an_optimiser_in_8_bits_learns(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_steps=20, optim="adamw_bnb_8bit", loss_normalisation="token")
+    before = weights(trainer)
+    trainer.train()
+    losses = logged(trainer, "loss")
+    assert sum(losses[-5:]) < sum(losses[:5])
+    assert any(not torch.equal(before[name], after) for name, after in weights(trainer).items())
+
+
+def test_masters_stay_in_fp32_under_bf16(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_steps=1, bf16=True)
+    trainer.train()
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    assert {state["exp_avg"].dtype for state in trainer.optimizer.state.values()} == {torch.float32}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("task", ["pretrain", "sft"])
+def test_a_compiled_model_learns_the_same(make_trainer: MakeTrainer, task: str) -> None:
+    done = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        trainer = make_trainer(task, max_steps=3, torch_compile=compiled)
+        trainer.train()
+        done.append((logged(trainer, "loss"), logged(trainer, "grad_norm")))
+    torch.testing.assert_close(done[0], done[1], rtol=1e-4, atol=0)
