@@ -6,8 +6,8 @@ Everything that can be wrong with the arguments, the data and the disk is found 
 from __future__ import annotations
 
 import gc
-import shutil
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
