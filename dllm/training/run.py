@@ -6,6 +6,7 @@ Everything that can be wrong with the arguments, the data and the disk is found 
 from __future__ import annotations
 
 import gc
+import os
 import shutil
 import sys
 import time
