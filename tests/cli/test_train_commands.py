@@ -97,7 +97,7 @@ def test_a_folder_that_is_not_empty_is_left_alone_unless_it_is_gone_on_with(
     ("arguments", "message"),
     [
         (["pretrain", "--dataset_args", "nothing.jsonl"], "There is no file nothing.jsonl"),
-        (["pretrain", "--dataset_args", "documents.jsonl[training:3]"], "no split 'training'. Did you mean 'train'?"),
+        (["pretrain", "--dataset_args", "documents.jsonl[training:3]"], "no key 'training'. Did you mean 'train'?"),
         (["pretrain", "--dataset_args", "talks.jsonl"], "no column 'text'; .* messages. .*--text_column"),
         (["pretrain", "--dataset_args", "torn.jsonl"], r"torn.jsonl, line 2: not JSON \(.*Mend or remove the line"),
         (["pretrain", "--model_name_or_path", "teeny"], "There is no model folder 'teeny'.* preset .*tiny"),
