@@ -9,6 +9,7 @@ from typing import Any
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from dllm.data.columns import check_conversation
 from dllm.errors import CheckpointError, DataError
 
 BATCH = 1000
@@ -120,28 +121,3 @@ def _spans(marks: Iterable[int]) -> list[tuple[int, int]]:
             spans[-1] = (spans[-1][0], place + 1)
         previous = mark
     return spans
-
-
-def check_conversation(messages: Any, what: str = "A row's messages") -> None:
-    """Whether something is a conversation.
-
-    Args:
-        messages: anything.
-        what: how the error calls it.
-
-    Raises:
-        DataError: it is none.
-    """
-    good = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    )
-    if not good:
-        raise DataError(
-            f'{what} are {str(messages)[:80]!r}: they are a list like [{{"role": "user", "content": "..."}}, '
-            f'{{"role": "assistant", "content": "..."}}].'
-        )
