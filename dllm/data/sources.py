@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
-from datasets.fingerprint import Hasher
 
 from dllm.data.builtin import builtin_rows
+from dllm.data.cache import cached_map
 from dllm.data.columns import ColumnNames, Conversation, RowFormat, check_conversation, find_format
 from dllm.data.duplicates import shared_rows
 from dllm.data.files import LINES, ending, find_files, is_local, line_rows, place_of, read_table
@@ -215,10 +215,9 @@ def _from_table(rows: datasets.Dataset, reading: Reading, place: str, *, check: 
             for number, row in enumerate(named if check else (), 1):
                 check_conversation(row["messages"], f"{place}, row {number}: the messages")
             return _as_text(named, reading, place)
-    key = Hasher.hash([rows._fingerprint, str(form), "convert 1"])
-    converted = rows.map(
-        _convert_row, with_indices=True, fn_kwargs={"form": form, "place": place}, remove_columns=rows.column_names,
-        features=FEATURES["messages"], new_fingerprint=key, load_from_cache_file=True, desc="reading conversations",
+    converted = cached_map(
+        rows, _convert_row, [form, place], with_indices=True, fn_kwargs={"form": form, "place": place},
+        features=FEATURES["messages"], desc="reading conversations",
     )  # fmt: skip
     return _as_text(converted, reading, place)
 
@@ -234,10 +233,9 @@ def _as_text(rows: datasets.Dataset, reading: Reading, place: str) -> datasets.D
     if reading.render is None:
         raise DataError(f"{place}: these are conversations, and a tokenizer trained here needs text: use another one.")
     render = reading.render.text
-    return rows.map(
-        lambda row: {"text": render(row["messages"])}, remove_columns=["messages"], features=FEATURES["text"],
-        new_fingerprint=Hasher.hash([rows._fingerprint, reading.render.fingerprint, "render 1"]),
-        load_from_cache_file=True, desc="writing conversations out",
+    return cached_map(
+        rows, lambda row: {"text": render(row["messages"])}, ["render", reading.render.fingerprint],
+        features=FEATURES["text"], desc="writing conversations out",
     )  # fmt: skip
 
 
