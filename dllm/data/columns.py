@@ -142,7 +142,9 @@ def find_format(there: Sequence[str], task_column: str, names: ColumnNames, plac
             )
     system = names.system or "system"
     if names.system and names.system not in there:
-        raise DataError(f"{place}: there is no column {names.system!r}; it has {', '.join(there)}. See --system_column.")
+        raise DataError(
+            f"{place}: there is no column {names.system!r}; it has {', '.join(there)}. See --system_column."
+        )
     if task_column == "text" and not names.of_conversations() and (names.text or "text" in there):
         return RowFormat(kind="text", columns=(names.text or "text",))
     if names.prompt or names.completion:

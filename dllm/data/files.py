@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO, cast
 
 import datasets
 import pyarrow
@@ -72,7 +72,9 @@ def find_files(name: str, splits: tuple[str, str] = ("train", "test")) -> dict[s
     if not named[splits[0]] and not named[splits[1]] and splits == ("train", "test"):
         named[splits[0]] = [file for file in files if ending(file) != ".json"] or files
     if not named[splits[0]]:
-        raise DataError(f"The folder {path} has no {splits[0]} file: name it {splits[0]}.jsonl, .parquet, .csv or .txt.")
+        raise DataError(
+            f"The folder {path} has no {splits[0]} file: name it {splits[0]}.jsonl, .parquet, .csv or .txt."
+        )
     for split, of_split in named.items():
         plain = [file for file in of_split if file.name.partition(".")[0] == split]
         if len(plain) > 1:
@@ -120,27 +122,36 @@ def place_of(path: Path, number: int) -> str:
     return f"{path}, {'line' if ending(path) in LINES and ending(path) != '.json' else 'row'} {number}"
 
 
-def line_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row]]:
+def line_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Rows of a file of lines, each with the line that it begins in.
 
     Args:
         path: a file whose ending is one of LINES.
-        start: rows to pass over.
 
     Raises:
         DataError: the file, or a line of it, cannot be read.
     """
+    return (read_raw(path, raw) for raw in raw_rows(path))
+
+
+def raw_rows(path: Path, start: int = 0) -> Iterator[tuple[int, Row | str]]:
+    """The same from a row on; those of a .jsonl file come unread, so that passing over them costs little."""
     _not_empty(path)
     kind = ending(path)
     if kind == ".jsonl":
-        lines = ((number, line) for number, line in _lines(path) if line.strip())
-        return (_json_row(path, number, line) for number, line in islice(lines, start, None))
+        return islice(((number, line) for number, line in _lines(path) if line.strip()), start, None)
     readers = {".json": _json_list, ".csv": _csv_rows, ".tsv": _csv_rows, ".txt": _text_rows}
     return islice(readers[kind](path), start, None)
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+def read_raw(path: Path, raw: tuple[int, Row | str]) -> tuple[int, Row]:
+    """A row that `raw_rows` gave, read."""
+    number, row = raw
+    return _json_row(path, number, row) if isinstance(row, str) else (number, row)
+
+
+def _opened(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

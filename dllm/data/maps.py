@@ -102,7 +102,9 @@ class Fitting:
             ("turns", self.turns, TURNS),
         ):
             if value not in allowed:
-                raise OptionError(f"--{name} {value!r} does not exist: it is {', '.join(allowed[:-1])} or {allowed[-1]}.")
+                raise OptionError(
+                    f"--{name} {value!r} does not exist: it is {', '.join(allowed[:-1])} or {allowed[-1]}."
+                )
 
 
 def sft_rows(

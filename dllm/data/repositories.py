@@ -75,7 +75,9 @@ def _refusal(spec: SourceSpec, error: Exception) -> DataError:
         near = did_you_mean(spec.config or "", configs)
         return DataError(f"{spec.name} {what}{near} Write  {spec.name}[name:CONFIG].")
     if Path(spec.name).expanduser().is_dir():
-        return DataError(f"{spec.name} cannot be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}")
+        return DataError(
+            f"{spec.name} cannot be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
+        )
     offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
     joint = " To join two sources, write blanks around the plus." if "+" in spec.name else ""
     return DataError(

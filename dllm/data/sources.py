@@ -8,7 +8,7 @@ hub, whose end may be far away. They are never trained on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Reading:
 
     column: str
     """"text" to pretrain on, "messages" to fine-tune on."""
-    names: ColumnNames = ColumnNames()
+    names: ColumnNames = field(default_factory=ColumnNames)
     """Columns that were named."""
     render: Rendering | None = None
     """For conversations in pretraining; without one they are refused."""
@@ -88,7 +88,7 @@ def load_splits(
 
 def load_sources(dataset_args: str, reading: Reading) -> list[Splits]:
     """The same, source by source."""
-    return [_load_source(spec, reading) for spec in parse_dataset_args(dataset_args)]
+    return [load_source(spec, reading) for spec in parse_dataset_args(dataset_args)]
 
 
 def join_splits(sources: list[Splits]) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -111,7 +111,8 @@ FEATURES = {
 """The one column of a source, once it is read."""
 
 
-def _load_source(spec: SourceSpec, reading: Reading) -> Splits:
+def load_source(spec: SourceSpec, reading: Reading) -> Splits:
+    """One source."""
     if spec.name.startswith("builtin:"):
         return _load_builtin(spec, reading.column)
     names = (spec.split or "train", spec.test_split or "test")
@@ -123,18 +124,22 @@ def _load_source(spec: SourceSpec, reading: Reading) -> Splits:
         }
     else:
         splits = _load_saved(spec, names, reading) or {
-            split: joined([_read_file(file, reading) for file in files])
+            split: joined([read_file(file, reading) for file in files])
             for split, files in find_files(spec.name, names).items()
         }
     train, test = _cut(splits, spec, names, at_end=not repository)
     if test is not None and reading.say is not None and (shared := shared_rows(train, test)):
-        reading.say(f"Warning: {shared} of the {len(test)} test rows of {spec.name} are training rows too, word for word.")
+        reading.say(
+            f"Warning: {shared} of the {len(test)} test rows of {spec.name} are training rows too, word for word."
+        )
     return Splits(spec, train, test)
 
 
 def _load_builtin(spec: SourceSpec, column: str) -> Splits:
     if spec.config or spec.split or spec.test_split or spec.revision:
-        raise DataError(f"{spec.name} has no configurations and no splits but train and test: leave the other keys out.")
+        raise DataError(
+            f"{spec.name} has no configurations and no splits but train and test: leave the other keys out."
+        )
     name = spec.name.removeprefix("builtin:")
     train = datasets.Dataset.from_list(builtin_rows(name, "train", spec.train, column=column))
     if spec.test == 0:
@@ -239,7 +244,7 @@ def _as_text(rows: datasets.Dataset, reading: Reading, place: str) -> datasets.D
     )  # fmt: skip
 
 
-def _read_file(path: Path, reading: Reading) -> datasets.Dataset:
+def read_file(path: Path, reading: Reading) -> datasets.Dataset:
     """One local file, through `datasets`' disk cache."""
     if ending(path) not in LINES:
         return _from_table(read_table(path), reading, str(path))

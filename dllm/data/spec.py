@@ -1,19 +1,19 @@
 """The grammar of `--dataset_args`: which data, how many rows of each split, and in which shares they are mixed.
 
-    args   = source { ("|" | " + ") source }
-    source = name [ "[" key ":" value { "," key ":" value } "]" ]
+args   = source { ("|" | " + ") source }
+source = name [ "[" key ":" value { "," key ":" value } "]" ]
 
-    train:10_000       rows to train on, at most; all by default
-    test:1000          rows to evaluate on
-    name:CONFIG        the configuration (subset) of a hub data set or of a folder that was cloned from it
-    split:train_sft    the split to train on, where it is not called train
-    test_split:NAME    the split to evaluate on, where it is not called test
-    revision:v1.0      branch, tag or commit of a hub data set
-    weight:0.3         the source's share in a mixture; all sources have one, or none has
-    streaming:true     read on the fly, never held whole; one such source makes the whole run stream
+train:10_000       rows to train on, at most; all by default
+test:1000          rows to evaluate on
+name:CONFIG        the configuration (subset) of a hub data set or of a folder that was cloned from it
+split:train_sft    the split to train on, where it is not called train
+test_split:NAME    the split to evaluate on, where it is not called test
+revision:v1.0      branch, tag or commit of a hub data set
+weight:0.3         the source's share in a mixture; all sources have one, or none has
+streaming:true     read on the fly, never held whole; one such source makes the whole run stream
 
-    allenai/tulu-3-sft-mixture[train:10000,test:1000]
-    builtin:sudoku9[train:200_000,weight:0.9] | data/own.jsonl[weight:0.1,test:50]
+allenai/tulu-3-sft-mixture[train:10000,test:1000]
+builtin:sudoku9[train:200_000,weight:0.9] | data/own.jsonl[weight:0.1,test:50]
 """
 
 from __future__ import annotations

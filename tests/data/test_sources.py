@@ -33,7 +33,22 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=["jsonl", "jsonl.gz", "json", "parquet", "csv", "tsv", "txt", "arrow", "folder", "shards", "saved", "saved splits"])
+@pytest.fixture(
+    params=[
+        "jsonl",
+        "jsonl.gz",
+        "json",
+        "parquet",
+        "csv",
+        "tsv",
+        "txt",
+        "arrow",
+        "folder",
+        "shards",
+        "saved",
+        "saved splits",
+    ]
+)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """TEXTS in each form that a source can have."""
     rows = datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(10))})
@@ -90,13 +105,15 @@ def test_files_of_a_folder_belong_to_the_split_that_their_names_say(tmp_path: Pa
     assert (train["text"][:], test["text"][:]) == (["a", "b"], ["c"])  # type: ignore[index]
     train, _ = load_splits(f"{tmp_path}/train-*.jsonl[train:1]", column="text")
     assert train["text"][:] == ["a"]
-    with pytest.raises(DataError, match="No file fits .*/none-"):
+    with pytest.raises(DataError, match=r"No file fits .*/none-"):
         load_splits(f"{tmp_path}/none-*.jsonl", column="text")
 
 
 def test_splits_of_other_names(tmp_path: Path) -> None:
     splits = {"train_sft": [chat("a", "b")], "test_sft": [chat("c", "d")], "train_gen": [{"prompt": "e"}]}
-    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(tmp_path)
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(
+        tmp_path
+    )
     train, test = load_splits(f"{tmp_path}[split:train_sft,test_split:test_sft]", column="messages")
     assert train.to_list() == [chat("a", "b")]
     assert test is not None
@@ -109,9 +126,7 @@ def test_rows_that_are_in_both_splits_are_counted(tmp_path: Path, kind: str) -> 
     {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[kind](tmp_path / f"a.{kind}")
     said: list[str] = []
     load_splits(f"{tmp_path}/a.{kind}[test:3]", column="text", say=said.append)
-    assert said == [
-        f"Warning: 2 of the 3 test rows of {tmp_path}/a.{kind} are training rows too, word for word."
-    ]
+    assert said == [f"Warning: 2 of the 3 test rows of {tmp_path}/a.{kind} are training rows too, word for word."]
     load_splits(f"{tmp_path}/a.{kind}[train:2,test:1]", column="text", say=said.append)
     assert len(said) == 1
 
@@ -169,7 +184,9 @@ def test_conversations_are_pretrained_on_as_the_text_that_they_make(tmp_path: Pa
 
 def test_what_is_no_conversation_names_the_nearest_column(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"mesages": [], "id": 1}])
-    with pytest.raises(DataError, match=r"no column 'messages', nor .*; it has mesages, id. Did you mean 'mesages'\? Name"):
+    with pytest.raises(
+        DataError, match=r"no column 'messages', nor .*; it has mesages, id. Did you mean 'mesages'\? Name"
+    ):
         load_splits(str(path), column="messages")
 
 
@@ -212,7 +229,10 @@ def test_a_clone_of_a_data_set_of_the_hub(clone: Path, keys: str, train: list[st
     [
         ("", r"has several configurations. It can be one of: both, plain. Write  .*\[name:CONFIG\]"),
         ("[name:plane]", r"has no configuration 'plane'. Did you mean 'plain'\? Write"),
-        ("[name:both,split:validation]", r"has no split named validation; it has train, test. Name the one to train on"),
+        (
+            "[name:both,split:validation]",
+            r"has no split named validation; it has train, test. Name the one to train on",
+        ),
         ("[name:plain,test:10]", "has 10 rows in one split: test:10 leaves none to train on"),
     ],
 )
@@ -281,7 +301,9 @@ def test_conversations_with_other_keys_are_joined(tmp_path: Path, kind: str) -> 
 
 def test_a_text_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
-    with pytest.raises(DataError, match=r"numbers.parquet: the column 'text' holds .*int64.*, and it has to hold string"):
+    with pytest.raises(
+        DataError, match=r"numbers.parquet: the column 'text' holds .*int64.*, and it has to hold string"
+    ):
         load_splits(f"{tmp_path}/numbers.parquet + builtin:addition[train:1]", column="text")
 
 
@@ -381,13 +403,9 @@ def test_a_row_that_is_no_conversation_is_named_with_its_place(tmp_path: Path, k
 
 def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": ["a"], "id": [1]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(
-        DataError, match=r"a.parquet: there is no column 'text'; it has body, id. Name the"
-    ):
+    with pytest.raises(DataError, match=r"a.parquet: there is no column 'text'; it has body, id. Name the"):
         load_splits(f"{tmp_path}/a.parquet", column="text")
-    with pytest.raises(
-        DataError, match=r"no column 'turns'; it has body, id. Name the right one with --messages_col"
-    ):
+    with pytest.raises(DataError, match=r"no column 'turns'; it has body, id. Name the right one with --messages_col"):
         load_splits(f"{tmp_path}/a.parquet", column="messages", names=ColumnNames(messages="turns"))
 
 
@@ -408,7 +426,10 @@ def test_a_folder_without_one_train_file_is_refused(tmp_path: Path, names: list[
 
 def test_a_saved_data_set_without_a_train_split_is_refused(tmp_path: Path) -> None:
     datasets.DatasetDict(validation=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match=r"saved has no split named train; it has validation. Name the one to train on: .*saved\[split:NAME\]"):
+    with pytest.raises(
+        DataError,
+        match=r"saved has no split named train; it has validation. Name the one to train on: .*saved\[split:NAME\]",
+    ):
         load_splits(str(tmp_path / "saved"), column="text")
 
 

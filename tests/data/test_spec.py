@@ -69,9 +69,7 @@ def test_limits_come_in_either_order() -> None:
 def test_every_key_and_both_joints() -> None:
     text = "a/b[name:cfg,split:train_sft,test_split:test_sft,revision:v1.0,weight:3] + c.csv[weight:.5]|d[weight:1e-3]"
     assert parse_dataset_args(text) == [
-        SourceSpec(
-            name="a/b", config="cfg", split="train_sft", test_split="test_sft", revision="v1.0", weight=3.0
-        ),
+        SourceSpec(name="a/b", config="cfg", split="train_sft", test_split="test_sft", revision="v1.0", weight=3.0),
         SourceSpec(name="c.csv", weight=0.5),
         SourceSpec(name="d", weight=0.001),
     ]
@@ -108,7 +106,10 @@ def test_a_plus_without_blanks_belongs_to_a_name() -> None:
         ("a[weight:0]", "'weight:0' gives no number above 0, such as weight:0.3."),
         ("a[weight:-1]", "'weight:-1' gives no number above 0"),
         ("a[weight:nan]", "'weight:nan' gives no number above 0"),
-        ("a[weight:1] | b", "dataset_args 'a[weight:1] | b': b has no weight, and others have. Give all sources one, or"),
+        (
+            "a[weight:1] | b",
+            "dataset_args 'a[weight:1] | b': b has no weight, and others have. Give all sources one, or",
+        ),
         ("a[streaming:yes]", "'streaming:yes': write streaming:true or streaming:false."),
         ("a[name:]", "'name:' says no name: write  name:NAME."),
         ("a[name]", "'name' says no name: write  name:NAME."),
