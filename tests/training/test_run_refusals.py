@@ -60,6 +60,7 @@ def refuses(task: str, argv: list[str], kind: type[DllmError], message: str) -> 
          "--eval_strategy steps needs test rows: write  NAME[train:N,test:M]."),
         (["--streaming", "--max_steps", "-1"], OptionError, "Streaming has no epochs: say with --max_steps how long to train."),
         (["--streaming", "--shuffle_buffer", "0"], OptionError, "--shuffle_buffer 0: it is 1 or more."),
+        (["--streaming", "--train_sampling_strategy", "group_by_length"], OptionError, "A stream is neither packed nor grou"),
         (["--turns", "all"], OptionError, "--truncation and --turns are for fine-tuning: pretraining cuts text into rows"),
         (["--dataset_args", "builtin:addition[name:x]"], DataError, "builtin:addition has no configurations and no splits"),
         (["--dataset_args", "builtin:addition[train:5,wight:1]"], DataError, "no key 'wight'. Did you mean 'weight'?"),
