@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "write a checkpoint anew: another dtype, other shards, an adapter merged",
     "generate": "write after prompts, or solve a puzzle with the model that ships inside",
     "info": "what a checkpoint is: architecture, parameters, tokens, memory",
+    "prepare": "turn data into rows of tokens once, for many runs",
     "pretrain": "pretrain a model on plain text",
     "sft": "fine-tune a model on conversations",
 }

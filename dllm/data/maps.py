@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import IntEnum
 from itertools import chain
 from typing import Any
 
 import datasets
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dllm.errors import CheckpointError, DataError
+from dllm.data.cache import cached_map, tokenizer_fingerprint
+from dllm.data.columns import check_conversation
+from dllm.errors import CheckpointError, DataError, OptionError
 
 BATCH = 1000
 """Rows mapped at a time; pretraining rows are cut within a batch, so it bounds what is left over."""
+TRUNCATIONS = ("right", "left", "filter")
+TURNS = ("drawn", "all")
+
+Say = Callable[[str], None]
 
 
 def pretraining_rows(
@@ -33,14 +42,13 @@ def pretraining_rows(
     """
 
     def cut(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        for text in batch["text"]:
-            if not isinstance(text, str):
-                raise DataError(f"A row's text is {text!r}: every row needs a string.")
-        encoded = tokenizer(batch["text"], add_special_tokens=False)["input_ids"]
-        stream = list(chain.from_iterable([*ids, tokenizer.eos_token_id] for ids in encoded))
+        stream = list(chain.from_iterable(document_ids(batch["text"], tokenizer)))
         return {"input_ids": [stream[i : i + max_length] for i in range(0, len(stream) - max_length + 1, max_length)]}
 
-    mapped = _map(rows, cut, workers, "cutting text into rows")
+    mapped = cached_map(
+        rows, cut, ["pretrain", tokenizer_fingerprint(tokenizer), max_length], workers=workers, batched=True,
+        batch_size=BATCH, features=datasets.Features({"input_ids": _IDS}), desc="cutting text into rows",
+    )  # fmt: skip
     if not len(mapped):
         raise DataError(
             f"{len(rows)} documents hold less than one row of max_length={max_length} tokens: "
@@ -49,12 +57,70 @@ def pretraining_rows(
     return mapped
 
 
+def document_ids(texts: list[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Each text's ids, end-of-text last.
+
+    Raises:
+        DataError: one is no string.
+    """
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"A row's text is {text!r}: every row needs a string.")
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+
+
+_IDS = datasets.List(datasets.Value("int32"))
+
+
+class Fate(IntEnum):
+    """What became of an answer and its prompt."""
+
+    WHOLE = 0
+    CUT = 1
+    LEFT_OUT = 2
+    """Longer than max_length and filtered, or cut until nothing of an answer was left."""
+    SILENT = 3
+    """A conversation in which the assistant says nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """How conversations become rows of at most `max_length` tokens."""
+
+    max_length: int
+    truncation: str = "right"
+    """What is done to longer ones: right cuts their end; left cuts the oldest tokens after the first; filter leaves them
+    out."""
+    turns: str = "drawn"
+    """drawn: a conversation is one row, of which training draws a turn at a time; all: each turn and what comes before it
+    is a row of its own."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("truncation", self.truncation, TRUNCATIONS),
+            ("turns", self.turns, TURNS),
+        ):
+            if value not in allowed:
+                raise OptionError(
+                    f"--{name} {value!r} does not exist: it is {', '.join(allowed[:-1])} or {allowed[-1]}."
+                )
+
+
 def sft_rows(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, *, workers: int | None = None
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    *,
+    truncation: str = "right",
+    turns: str = "drawn",
+    workers: int | None = None,
+    say: Say | None = None,
+    what: str = "training",
 ) -> datasets.Dataset:
     """Conversations as ids, with the place of every assistant turn.
 
-    Rows have `input_ids` (cut to `max_length`) and `turns`, a flat list start, end, start, end, ... of the assistant's
+    Rows have `input_ids` (at most `max_length`) and `turns`, a flat list start, end, start, end, ... of the assistant's
     contents, end-of-turn included. A turn that the cut leaves nothing of is left out, and so is a conversation without
     any.
 
@@ -62,11 +128,81 @@ def sft_rows(
         rows: a column `messages` of {"role", "content"} lists.
         tokenizer: with a chat template that marks what the assistant says.
         max_length: tokens a row.
+        truncation: see `Fitting`.
+        turns: see `Fitting`.
         workers: processes to map with.
+        say: is told how many rows were cut and left out, if any were.
+        what: how it calls the rows.
 
     Raises:
         DataError: a row that is no conversation, or `max_length` leaves no answer in any row.
         CheckpointError: the tokenizer has no chat template, or one that does not mark what the assistant says.
+        OptionError: no such truncation or turns.
+    """
+    fitting = Fitting(max_length=max_length, truncation=truncation, turns=turns)
+    check_chat_template(tokenizer)
+
+    def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        pieces = [piece for messages in batch["messages"] for piece in conversation_rows(messages, tokenizer, fitting)]
+        ids, places, fates = zip(*pieces, strict=True)
+        return {"input_ids": list(ids), "turns": list(places), "fate": [int(fate) for fate in fates]}
+
+    mapped = cached_map(
+        rows, encode, ["sft", tokenizer_fingerprint(tokenizer), fitting], workers=workers, batched=True, batch_size=BATCH,
+        features=datasets.Features({"input_ids": _IDS, "turns": _IDS, "fate": datasets.Value("int8")}),
+        desc="encoding conversations",
+    )  # fmt: skip
+    fates = mapped.with_format("numpy")["fate"][:] if len(mapped) else np.zeros(0, np.int8)
+    counts = np.bincount(fates, minlength=len(Fate))
+    kept = mapped if counts[Fate.WHOLE] + counts[Fate.CUT] == len(mapped) else mapped.select(np.flatnonzero(fates < 2))
+    if not len(kept):
+        raise _nothing_left(counts, len(rows), fitting)
+    if say is not None and (line := report(counts, fitting, what)):
+        say(line)
+    return kept.remove_columns("fate")
+
+
+def report(counts: Any, fitting: Fitting, what: str) -> str:
+    """What was done to rows that did not fit, in a line; "" where nothing was."""
+    parts = []
+    if counts[Fate.CUT]:
+        end = {"right": "the end", "left": "the beginning"}[fitting.truncation]
+        parts.append(f"{end} of {counts[Fate.CUT]:,} cut off")
+    if counts[Fate.LEFT_OUT]:
+        reason = "longer" if fitting.truncation == "filter" else "the cut leaves nothing of an answer"
+        parts.append(f"{counts[Fate.LEFT_OUT]:,} left out ({reason})")
+    if counts[Fate.SILENT]:
+        parts.append(f"{counts[Fate.SILENT]:,} left out (no answer in them)")
+    if not parts:
+        return ""
+    unit = "conversations" if fitting.turns == "drawn" else "turns"
+    return (
+        f"{what}: of {int(sum(counts)):,} {unit}, with --truncation {fitting.truncation} to {fitting.max_length} tokens, "
+        f"{', '.join(parts)}"
+    )
+
+
+def _nothing_left(counts: Any, rows: int, fitting: Fitting) -> DataError:
+    if counts[Fate.SILENT] == sum(counts):
+        return DataError(
+            f"None of {rows} conversations has a message whose role is 'assistant': there is no answer to learn."
+        )
+    if fitting.truncation == "filter":
+        return DataError(
+            f"max_length={fitting.max_length} is shorter than each of {rows} conversations: raise max_length, or cut them with "
+            f"--truncation right."
+        )
+    return DataError(
+        f"max_length={fitting.max_length} leaves no answer in any of {rows} conversations: raise max_length to more than the "
+        f"prompts' length."
+    )
+
+
+def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Whether a tokenizer's chat template marks what is learnt.
+
+    Raises:
+        CheckpointError: it has none, or one that does not mark what the assistant says.
     """
     if "{% generation %}" not in str(tokenizer.chat_template):
         raise CheckpointError(
@@ -74,39 +210,45 @@ def sft_rows(
             "a checkpoint whose tokenizer has LLaDA's chat markers."
         )
 
-    def encode(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
-        out: dict[str, list[list[int]]] = {"input_ids": [], "turns": []}
-        for messages in batch["messages"]:
-            check_conversation(messages)
-            encoded = tokenizer.apply_chat_template(
-                messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            ids = encoded["input_ids"][:max_length]
-            turns = list(chain.from_iterable(_spans(encoded["assistant_masks"][:max_length])))
-            if turns:
-                out["input_ids"].append(ids[: turns[-1]])
-                out["turns"].append(turns)
-        return out
 
-    mapped = _map(rows, encode, workers, "encoding conversations")
-    if not len(mapped):
-        if not any(message["role"] == "assistant" for messages in rows["messages"] for message in messages):
-            raise DataError(
-                f"None of {len(rows)} conversations has a message whose role is 'assistant': there is no answer to learn."
-            )
-        raise DataError(
-            f"max_length={max_length} leaves no answer in any of {len(rows)} conversations: raise max_length to more than the "
-            f"prompts' length."
-        )
-    return mapped
+Piece = tuple[list[int], list[int], Fate]
+"""Ids, turns as a flat list start, end, ..., and what became of them."""
 
 
-def _map(rows: datasets.Dataset, function: Any, workers: int | None, what: str) -> datasets.Dataset:
-    many = workers if workers and workers > 1 else None
-    return rows.map(
-        function, batched=True, batch_size=BATCH, remove_columns=rows.column_names, num_proc=many, desc=what,
-        load_from_cache_file=False,
-    )  # fmt: skip
+def conversation_rows(messages: Any, tokenizer: PreTrainedTokenizerBase, fitting: Fitting) -> list[Piece]:
+    """The rows of one conversation; at least one, which may say that it is left out.
+
+    Raises:
+        DataError: it is no conversation.
+    """
+    check_conversation(messages)
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, spans = encoded["input_ids"], _spans(encoded["assistant_masks"])
+    if not spans:
+        return [([], [], Fate.SILENT)]
+    if fitting.turns == "all":
+        return [_fit(ids[:end], [(start, end)], fitting) for start, end in spans]
+    return [_fit(ids[: spans[-1][1]], spans, fitting)]
+
+
+def _fit(ids: list[int], spans: list[tuple[int, int]], fitting: Fitting) -> Piece:
+    length, fate = fitting.max_length, Fate.WHOLE
+    if len(ids) > length:
+        fate = Fate.CUT
+        if fitting.truncation == "filter":
+            spans = []
+        elif fitting.truncation == "right":
+            spans = [(start, min(end, length)) for start, end in spans if start < length]
+        else:
+            # the first token, which begins every conversation, stays; an answer without any of its prompt teaches nothing
+            gone = len(ids) - length
+            ids = [ids[0], *ids[gone + 1 :]]
+            spans = [(start - gone, end - gone) for start, end in spans if start - gone >= 2]
+    if not spans:
+        return [], [], Fate.LEFT_OUT
+    return ids[: spans[-1][1]], [*chain.from_iterable(spans)], fate
 
 
 def _spans(marks: Iterable[int]) -> list[tuple[int, int]]:
@@ -120,28 +262,3 @@ def _spans(marks: Iterable[int]) -> list[tuple[int, int]]:
             spans[-1] = (spans[-1][0], place + 1)
         previous = mark
     return spans
-
-
-def check_conversation(messages: Any, what: str = "A row's messages") -> None:
-    """Whether something is a conversation.
-
-    Args:
-        messages: anything.
-        what: how the error calls it.
-
-    Raises:
-        DataError: it is none.
-    """
-    good = (
-        isinstance(messages, list)
-        and messages
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in messages
-        )
-    )
-    if not good:
-        raise DataError(
-            f'{what} are {str(messages)[:80]!r}: they are a list like [{{"role": "user", "content": "..."}}, '
-            f'{{"role": "assistant", "content": "..."}}].'
-        )

@@ -1,36 +1,79 @@
 """From a source's name to rows: built-in data, local files, and the hub.
 
-Every source ends as two `datasets.Dataset`s, train and test, that share no row. Where a source has a single split, the
-test rows are its last ones and never seen in training.
+Every source ends as two `datasets.Dataset`s, train and test, that share no row. Where a source has a single split, its test
+rows are always the same ones whatever the other limits are: the last rows of local files, the first rows of a data set of the
+hub, whose end may be far away. They are never trained on.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 
 from dllm.data.builtin import builtin_rows
-from dllm.data.maps import check_conversation
+from dllm.data.cache import cached_map
+from dllm.data.columns import ColumnNames, Conversation, RowFormat, check_conversation, find_format
+from dllm.data.duplicates import shared_rows
+from dllm.data.files import LINES, ending, find_files, is_local, line_rows, place_of, read_table
+from dllm.data.repositories import is_repository, load_repository
 from dllm.data.spec import SourceSpec, parse_dataset_args
 from dllm.errors import DataError
 
-READABLE = (".jsonl", ".json", ".parquet", ".txt")
+Say = Callable[[str], None]
+"""Shows a line to the user."""
+
+
+class Rendering(NamedTuple):
+    """How a conversation becomes text to pretrain on."""
+
+    fingerprint: str
+    """Another one, other text: part of the cache's key."""
+    text: Callable[[Conversation], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What is read of every source."""
+
+    column: str
+    """"text" to pretrain on, "messages" to fine-tune on."""
+    names: ColumnNames = field(default_factory=ColumnNames)
+    """Columns that were named."""
+    render: Rendering | None = None
+    """For conversations in pretraining; without one they are refused."""
+    say: Say | None = None
+    """Shows warnings; None on all processes but one."""
+
+
+class Splits(NamedTuple):
+    """A source's rows: one column, `text` or `messages`."""
+
+    spec: SourceSpec
+    train: datasets.Dataset
+    test: datasets.Dataset | None
 
 
 def load_splits(
-    dataset_args: str, *, column: str, source_column: str | None = None
+    dataset_args: str,
+    *,
+    column: str,
+    names: ColumnNames | None = None,
+    render: Rendering | None = None,
+    say: Say | None = None,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Loads train and test rows.
+    """Loads train and test rows, all sources joined; weights are left aside.
 
     Args:
         dataset_args: see `dllm.data.spec`.
         column: the one column that is needed: "text" to pretrain on, "messages" to fine-tune on.
-        source_column: its name in files and on the hub, where it is another.
+        names: columns that hold it in files and on the hub; by default they are found.
+        render: makes text of conversations, to pretrain on them.
+        say: shows warnings.
 
     Returns:
         (train, test); test is None where no source gives test rows. Both have the column `column` alone.
@@ -39,142 +82,178 @@ def load_splits(
         DataError: a source that does not exist, an unreadable file (with the line), a missing column (with those there
             are), a local row that is no conversation (with its place), or a split that comes out empty.
     """
-    pairs = [_load_source(spec, column, source_column or column) for spec in parse_dataset_args(dataset_args)]
-    trains = [train for train, _ in pairs]
-    tests = [test for _, test in pairs if test is not None and len(test)]
-    return _joined(trains, column), _joined(tests, column) if tests else None
+    reading = Reading(column=column, names=names or ColumnNames(), render=render, say=say)
+    return join_splits(load_sources(dataset_args, reading))
 
 
-def _joined(parts: list[datasets.Dataset], column: str) -> datasets.Dataset:
+def load_sources(dataset_args: str, reading: Reading) -> list[Splits]:
+    """The same, source by source."""
+    return [load_source(spec, reading) for spec in parse_dataset_args(dataset_args)]
+
+
+def join_splits(sources: list[Splits]) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """All rows, one source after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    if column == "messages" and any(part.features != parts[0].features for part in parts):
-        parts = [
-            part.map(lambda row: {column: _role_and_content(row[column])}, features=_CONVERSATIONS)
-            if part.features != _CONVERSATIONS
-            else part
-            for part in parts
-        ]
-    try:
-        return datasets.concatenate_datasets(parts)
-    except ValueError as error:
-        kinds = " and ".join(str(part.features[column]) for part in parts)
-        raise DataError(f"The sources cannot be joined: their column {column!r} is {kinds}.") from error
+    tests = [source.test for source in sources if source.test is not None and len(source.test)]
+    return joined([source.train for source in sources]), joined(tests) if tests else None
 
 
-_CONVERSATIONS = datasets.Features(
-    {"messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})}
-)
+def joined(parts: list[datasets.Dataset]) -> datasets.Dataset:
+    """The rows of tables that have the same columns."""
+    return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
-def _role_and_content(messages: Any) -> Any:
-    """A conversation without its other keys, such as names and dates: they differ from source to source and row to row."""
-    if not isinstance(messages, list):
-        return messages
-    return [{key: m.get(key) for key in ("role", "content")} if isinstance(m, dict) else m for m in messages]
+FEATURES = {
+    "text": datasets.Features({"text": datasets.Value("string")}),
+    "messages": datasets.Features(
+        {"messages": datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})}
+    ),
+}
+"""The one column of a source, once it is read."""
 
 
-def _load_source(spec: SourceSpec, column: str, source_column: str) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+def load_source(spec: SourceSpec, reading: Reading) -> Splits:
+    """One source."""
     if spec.name.startswith("builtin:"):
-        name = spec.name.removeprefix("builtin:")
-        train = datasets.Dataset.from_list(builtin_rows(name, "train", spec.train, column=column))
-        return train, None if spec.test == 0 else datasets.Dataset.from_list(
-            builtin_rows(name, "test", spec.test, column=column)
-        )
-    path = Path(spec.name).expanduser()
-    if path.exists() or path.suffix in READABLE:
-        splits = _load_local(path, column, source_column)
+        return _load_builtin(spec, reading.column)
+    names = (spec.split or "train", spec.test_split or "test")
+    repository = is_repository(spec) or not is_local(spec.name)
+    if repository:
+        splits = {
+            split: _from_table(rows, reading, f"{spec.name}, {split} rows", check=False)
+            for split, rows in load_repository(spec, partial(_used_columns, reading=reading)).items()
+        }
     else:
-        splits = _load_hub(spec)
-    if "train" not in splits:
-        raise DataError(f"{spec.name} has no split named train: rename the one to train on.")
-    for split, rows in splits.items():
-        if source_column not in rows.column_names:
-            raise DataError(
-                f"{spec.name}: the {split} rows have no column {source_column!r}; they have "
-                f"{', '.join(rows.column_names)}. Name the right one with --{column}_column."
-            )
-        rows = rows.select_columns([source_column])
-        splits[split] = rows if column == source_column else rows.rename_column(source_column, column)
-    return _cut(splits, spec)
+        splits = _load_saved(spec, names, reading) or {
+            split: joined([read_file(file, reading) for file in files])
+            for split, files in find_files(spec.name, names).items()
+        }
+    train, test = _cut(splits, spec, names, at_end=not repository)
+    if test is not None and reading.say is not None and (shared := shared_rows(train, test)):
+        reading.say(
+            f"Warning: {shared} of the {len(test)} test rows of {spec.name} are training rows too, word for word."
+        )
+    return Splits(spec, train, test)
 
 
-def _cut(splits: dict[str, datasets.Dataset], spec: SourceSpec) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Applies the limits; carves a test split off the end of a single one."""
-    train = splits["train"]
-    test = splits.get("test")
+def _load_builtin(spec: SourceSpec, column: str) -> Splits:
+    if spec.config or spec.split or spec.test_split or spec.revision:
+        raise DataError(
+            f"{spec.name} has no configurations and no splits but train and test: leave the other keys out."
+        )
+    name = spec.name.removeprefix("builtin:")
+    train = datasets.Dataset.from_list(builtin_rows(name, "train", spec.train, column=column))
+    if spec.test == 0:
+        return Splits(spec, train, None)
+    return Splits(spec, train, datasets.Dataset.from_list(builtin_rows(name, "test", spec.test, column=column)))
+
+
+def _cut(
+    splits: dict[str, datasets.Dataset], spec: SourceSpec, names: tuple[str, str], *, at_end: bool
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Applies the limits; carves a test split off a single one."""
+    train, test = splits[names[0]], splits.get(names[1])
     if test is None and spec.test:
         if len(train) <= spec.test:
             raise DataError(
                 f"{spec.name} has {len(train)} rows in one split: test:{spec.test} leaves none to train on. Ask for fewer."
             )
-        test = train.select(range(len(train) - spec.test, len(train)))
-        train = train.select(range(len(train) - spec.test))
+        rest = len(train) - spec.test
+        if at_end:
+            train, test = train.select(range(rest)), train.select(range(rest, len(train)))
+        else:
+            train, test = train.select(range(spec.test, len(train))), train.select(range(spec.test))
     elif test is not None and spec.test is not None:
         test = test.select(range(min(spec.test, len(test))))
     if spec.train is not None:
         train = train.select(range(min(spec.train, len(train))))
     if not len(train):
         raise DataError(f"{spec.name} has no rows to train on.")
-    return train, test
+    if test is not None and not len(test) and spec.test != 0:
+        raise DataError(f"{spec.name}: its split {names[1]} is empty. Write test:0 to do without it.")
+    return train, test if test is not None and len(test) else None
 
 
-def _load_local(path: Path, column: str, source_column: str) -> dict[str, datasets.Dataset]:
-    """A file is one split; a folder has train.* and maybe test.* (or is what `Dataset.save_to_disk` wrote)."""
-    if path.is_file():
-        return {"train": _read_file(path, column, source_column)}
-    if not path.exists():
-        raise DataError(f"There is no file {path}. Check the path; it is taken from {Path.cwd()}.")
+def _load_saved(spec: SourceSpec, names: tuple[str, str], reading: Reading) -> dict[str, datasets.Dataset]:
+    """What `save_to_disk` wrote, memory-mapped; nothing where the folder is none of these."""
+    path = Path(spec.name).expanduser()
     if (path / "dataset_dict.json").exists():
-        saved = datasets.load_from_disk(str(path))
-        return {split: saved[split] for split in ("train", "test") if split in saved}
-    if (path / "dataset_info.json").exists():
-        return {"train": datasets.load_from_disk(str(path))}
-    found: dict[str, datasets.Dataset] = {}
-    for split in ("train", "test"):
-        files = sorted(file for file in path.iterdir() if file.stem == split and file.suffix in READABLE)
-        if len(files) > 1:
-            raise DataError(f"{path} has {' and '.join(file.name for file in files)}: keep one file for {split}.")
-        if files:
-            found[split] = _read_file(files[0], column, source_column)
-    if "train" not in found:
-        raise DataError(f"The folder {path} has no train file: name it train.jsonl, train.parquet or train.txt.")
-    return found
+        saved = dict(datasets.load_from_disk(str(path)))
+    elif (path / "dataset_info.json").exists() and (path / "state.json").exists():
+        saved = {names[0]: datasets.load_from_disk(str(path))}
+    else:
+        return {}
+    if names[0] not in saved:
+        raise DataError(
+            f"{spec.name} has no split named {names[0]}; it has {', '.join(saved)}. Name the one to train on: "
+            f"{spec.name}[split:NAME]."
+        )
+    found = {split: rows for split, rows in saved.items() if split in names}
+    return {split: _from_table(rows, reading, f"{path}, {split}") for split, rows in found.items()}
 
 
-def _read_file(path: Path, column: str, source_column: str) -> datasets.Dataset:
-    if path.stat().st_size == 0:
-        raise DataError(f"{path} is empty.")
-    if path.suffix == ".parquet":
-        try:
-            rows = datasets.Dataset.from_parquet(str(path))
-        except Exception as error:  # pyarrow raises types of its own for each way in which a file can be broken
-            raise DataError(f"{path} is not a readable parquet file: {error}") from error
-        if column == "messages" and source_column in rows.column_names:
-            for number, row in enumerate(rows.select_columns([source_column]), 1):
-                check_conversation(row[source_column], f"{path}, row {number}: the messages")
+def _used_columns(there: list[str], place: str, *, reading: Reading) -> list[str]:
+    """Those columns of a table that will be read."""
+    return find_format(there, reading.column, reading.names, place).used(there)
+
+
+def _from_table(rows: datasets.Dataset, reading: Reading, place: str, *, check: bool = True) -> datasets.Dataset:
+    """The one column of an Arrow table; it is rewritten only where the rows have another form.
+
+    Args:
+        rows: the table.
+        reading: what is read.
+        place: how errors call the table.
+        check: look at every conversation now, so that an error can say where it is; otherwise encoding does.
+    """
+    form = find_format(rows.column_names, reading.column, reading.names, place)
+    rows = rows.select_columns(form.used(rows.column_names))
+    if form.kind == "text":
+        (name,) = form.columns
+        kind = rows.features[name]
+        if getattr(kind, "dtype", None) not in ("string", "large_string"):
+            raise DataError(f"{place}: the column {name!r} holds {kind}, and it has to hold strings.")
+        rows = rows if name == "text" else rows.rename_column(name, "text")
+        return rows if rows.features == FEATURES["text"] else rows.cast(FEATURES["text"])
+    if rows.column_names == [*form.columns]:
+        named = rows if form.columns == ("messages",) else rows.rename_column(form.columns[0], "messages")
+        if form.kind == "messages" and named.features == FEATURES["messages"]:
+            for number, row in enumerate(named if check else (), 1):
+                check_conversation(row["messages"], f"{place}, row {number}: the messages")
+            return _as_text(named, reading, place)
+    converted = cached_map(
+        rows, _convert_row, [form, place], with_indices=True, fn_kwargs={"form": form, "place": place},
+        features=FEATURES["messages"], desc="reading conversations",
+    )  # fmt: skip
+    return _as_text(converted, reading, place)
+
+
+def _convert_row(row: dict[str, Any], index: int, form: RowFormat, place: str) -> dict[str, Any]:
+    return {form.column: form.convert(row, f"{place}, row {index + 1}")}
+
+
+def _as_text(rows: datasets.Dataset, reading: Reading, place: str) -> datasets.Dataset:
+    """Conversations as they are; to pretrain on, as the text that they make."""
+    if reading.column == "messages":
         return rows
-    if path.suffix == ".txt":
-        return _from_rows(path, _text_rows, column, source_column)
-    if path.suffix in (".jsonl", ".json"):
-        return _from_rows(path, _json_rows, column, source_column)
-    raise DataError(f"{path}: dllm reads {', '.join(READABLE)}, not {path.suffix or 'a file without an ending'}.")
+    if reading.render is None:
+        raise DataError(f"{place}: these are conversations, and a tokenizer trained here needs text: use another one.")
+    render = reading.render.text
+    return cached_map(
+        rows, lambda row: {"text": render(row["messages"])}, ["render", reading.render.fingerprint],
+        features=FEATURES["text"], desc="writing conversations out",
+    )  # fmt: skip
 
 
-Reader = Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]
-"""Gives rows, each with the line that it begins in."""
-
-
-def _from_rows(path: Path, reader: Reader, column: str, source_column: str) -> datasets.Dataset:
-    """Reads one column into Arrow through `datasets`' disk cache, keyed by the file's size and time."""
-    if next(reader(path), None) is None:
-        raise DataError(f"{path} has no rows.")
+def read_file(path: Path, reading: Reading) -> datasets.Dataset:
+    """One local file, through `datasets`' disk cache."""
+    if ending(path) not in LINES:
+        return _from_table(read_table(path), reading, str(path))
+    form = file_format(path, reading)
     stat = path.stat()
     key = {"path": path.resolve(), "size": stat.st_size, "time": stat.st_mtime_ns}
     try:
-        return datasets.Dataset.from_generator(
-            _checked_rows, gen_kwargs={"reader": reader, "column": column, "source_column": source_column, **key}
+        rows = datasets.Dataset.from_generator(
+            _converted_rows, features=FEATURES[form.column], gen_kwargs={"form": form, **key}
         )
     except datasets.exceptions.DatasetGenerationError as error:
         cause: BaseException | None = error
@@ -183,98 +262,19 @@ def _from_rows(path: Path, reader: Reader, column: str, source_column: str) -> d
         if cause is not None:
             raise cause from None
         raise DataError(f"{path}: the rows do not have one shape: {error.__cause__ or error}") from error
+    return rows if form.kind == "text" else _as_text(rows, reading, str(path))
 
 
-def _place(path: Path, number: int) -> str:
-    return f"{path}, {'row' if path.suffix == '.json' else 'line'} {number}"
+def file_format(path: Path, reading: Reading) -> RowFormat:
+    """The form of the rows of a file of lines, by the first of them."""
+    first = next(line_rows(path), None)
+    if first is None:
+        raise DataError(f"{path} has no rows.")
+    return find_format([*first[1]], reading.column, reading.names, place_of(path, first[0]))
 
 
-def _checked_rows(
-    reader: Reader, column: str, source_column: str, path: Path, size: int, time: int
-) -> Iterator[dict[str, Any]]:
+def _converted_rows(form: RowFormat, path: Path, size: int, time: int) -> Iterator[dict[str, Any]]:
     """The column alone: rows may differ in the others, and Arrow would refuse them for it."""
     del size, time  # they are there for the cache's key
-    for number, row in reader(path):
-        if source_column not in row:
-            raise DataError(
-                f"{_place(path, number)}: there is no column {source_column!r}; the row has {', '.join(row)}. Name the right "
-                f"one with --{column}_column."
-            )
-        value = row[source_column]
-        if column == "text" and not isinstance(value, str):
-            raise DataError(
-                f"{_place(path, number)}: {source_column!r} is {str(value)[:60]!r}, and it has to be a string."
-            )
-        if column == "messages":
-            check_conversation(value, f"{_place(path, number)}: the messages")
-        yield {source_column: _role_and_content(value) if column == "messages" else value}
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines of UTF-8, with or without a byte-order mark; as bytes first, so that a fault is found in its line."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}, line {number}: not UTF-8 text ({error.reason}). Save the file as UTF-8."
-                ) from error
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """One JSON object a line; or, in a .json file, one list of objects, where the number is that of the object."""
-    if path.suffix == ".json":
-        try:
-            rows = json.loads("".join(line for _, line in _lines(path)))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path} is not JSON: {error}. For one object a line, name the file .jsonl.") from error
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{path} is not a list of objects. For one object a line, name the file .jsonl.")
-        yield from enumerate(rows, 1)
-        return
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}). Mend or remove the line."
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: a row is an object like {{...}}, not {line.strip()[:60]!r}.")
-        yield number, row
-
-
-def _text_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """A text file's paragraphs: documents are separated by empty lines."""
-    lines: list[str] = []
-    number = 0
-    for number, line in _lines(path):
-        if line.strip():
-            lines.append(line.rstrip("\r\n"))
-        elif lines:
-            yield number - len(lines), {"text": "\n".join(lines)}
-            lines = []
-    if lines:
-        yield number - len(lines) + 1, {"text": "\n".join(lines)}
-
-
-def _load_hub(spec: SourceSpec) -> dict[str, datasets.Dataset]:
-    """A data set of the hub. With limits only that many rows are fetched, so that a part of a huge one is quick."""
-    try:
-        if spec.train is None:
-            loaded = datasets.load_dataset(spec.name)
-            return {split: loaded[split] for split in ("train", "test") if split in loaded}
-        streams = datasets.load_dataset(spec.name, streaming=True)
-        wanted = {"train": spec.train + (0 if "test" in streams else spec.test or 0)}
-        if "test" in streams and spec.test:
-            wanted["test"] = spec.test
-        return {split: datasets.Dataset.from_list(list(streams[split].take(rows))) for split, rows in wanted.items()}
-    except Exception as error:  # the hub's client has many errors; all of them mean the same to the user
-        offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
-        raise DataError(
-            f"{spec.name!r} is no file or folder here, and loading it from the hub failed:{offline} "
-            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        ) from error
+    for number, row in line_rows(path):
+        yield {form.column: form.convert(row, place_of(path, number))}

@@ -41,6 +41,12 @@ class Purpose(IntEnum):
     """How many ends of text follow a packed answer."""
     STEP_ORDER = 11
     """The shuffle of steps whose rows are alike in length."""
+    STREAM = 20
+    """The shuffle of the documents of a stream."""
+    STREAM_FILES = 21
+    """The order of its files."""
+    SOURCE = 22
+    """From which source of a mixture a sample comes."""
 
 
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit: torch has no unsigned arithmetic

@@ -54,15 +54,31 @@ class DataArguments:
 
     dataset_args: str = _help(
         "Data, such as 'builtin:text', 'data/own.jsonl[train:10000,test:1000]' or a hub id with limits; several are joined "
-        "by ' + '.",
+        "by '|' or ' + ', mixed where they have weights. Keys: train, test, name, split, test_split, revision, weight, "
+        "streaming.",
         default="builtin:text",
     )
     max_length: int | None = _help(
         "Tokens in a row; longer text is cut. By default 1024, or the checkpoint's context where that is less.",
         default=None,
     )
-    text_column: str = _help("The column to pretrain on.", default="text")
-    messages_column: str = _help("The column of conversations to fine-tune on.", default="messages")
+    text_column: str | None = _help("The column to pretrain on; by default text, or conversations.", default=None)
+    messages_column: str | None = _help(
+        "The column of conversations, role and content or from and value; by default it is found.", default=None
+    )
+    prompt_column: str | None = _help("The column of questions, where they stand apart from the answers.", default=None)
+    completion_column: str | None = _help("The column of their answers.", default=None)
+    system_column: str | None = _help("The column of system prompts; by default system, if there is one.", default=None)
+    truncation: str | None = _help(
+        "What fine-tuning does to conversations over max_length: right cuts their end (the default), left the oldest tokens "
+        "after the first, filter leaves them out.",
+        default=None,
+    )
+    turns: str | None = _help(
+        "drawn: one answer of a conversation, another each time, is learnt (the default); all: each answer with what comes "
+        "before it is a row of its own.",
+        default=None,
+    )
     num_proc: int | None = _help("Processes that turn text into tokens.", default=None)
     packing: bool = _help(
         "Fine-tuning puts several conversations into each row of max_length tokens, in place of padding. Each keeps its own "
@@ -77,10 +93,24 @@ class DataArguments:
     document_masks: bool = _help(
         "Pretraining: the documents that lie end to end in a row do not see each other.", default=False
     )
+    load_preprocessed_data: str | None = _help(
+        "A folder that dllm prepare wrote, in place of --dataset_args.", default=None
+    )
+    streaming: bool = _help(
+        "Reads and tokenises the data while training, and never holds it whole; needs --max_steps.", default=False
+    )
+    shuffle_buffer: int = _help("Documents of a stream that are shuffled together.", default=10_000)
     random_length: float = _help(
         "The share of pretraining steps whose rows are cut to a random length, so that short contexts are seen.",
         default=0.01,
     )
+
+
+@dataclass
+class PrepareArguments:
+    """Where prepared rows go."""
+
+    output_dir: str = _help("The folder to write; it must not exist yet.", default="")
 
 
 @dataclass

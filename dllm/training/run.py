@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import datasets
 import torch
 from transformers import (
     HfArgumentParser,
@@ -28,9 +27,8 @@ from transformers import (
 )
 
 from dllm.data.collators import PretrainingCollator, SFTCollator
-from dllm.data.maps import pretraining_rows, sft_rows
 from dllm.data.packing import PackedDataset
-from dllm.data.sources import load_splits
+from dllm.data.streams import StreamedRows
 from dllm.errors import CheckpointError, DataError, DllmError, NonFiniteError, OptionError
 from dllm.training.adapters import (
     ADAPTER_DEFAULTS,
@@ -38,10 +36,9 @@ from dllm.training.adapters import (
     check_adapter,
     check_resumed,
     count_parameters,
-    load_to_train,
     wants_adapter,
 )
-from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
+from dllm.training.arguments import DataArguments, ModelArguments, PrepareArguments, TrainingArguments
 from dllm.training.callbacks import Bar, JsonLog, LogLines, StopOnSignal, end_together, hide_bars
 from dllm.training.checkpoints import UNFINISHED, no_room, put_in_place
 from dllm.training.curves import draw_losses
@@ -49,12 +46,11 @@ from dllm.training.engines import check_engine, resumable, running
 from dllm.training.launch import exit_status, no_such_option, options_help, tell_launcher
 from dllm.training.output import check_disk, check_output_dir
 from dllm.training.record import record_start
+from dllm.training.rows import DEFAULT_DATA, is_streamed, prepare, prepare_data
 from dllm.training.samples import Sample, make_sampler
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 FINAL = "checkpoint-final"
-DEFAULT_LENGTH = 1024
-"""Tokens in a row, where nothing is said and the context holds them."""
 
 Task = Literal["pretrain", "sft"]
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -64,7 +60,7 @@ TASK_DEFAULTS: dict[str, dict[str, Any]] = {
         loss_normalisation="sequence",
         learning_rate=2.5e-5,
         model_name_or_path="builtin:sudoku9",
-        dataset_args="builtin:addition",
+        dataset_args=DEFAULT_DATA["sft"],
     ),
 }
 
@@ -110,6 +106,12 @@ def parse_arguments(
     parser.set_defaults(output_dir="", **TASK_DEFAULTS[task])
     if wants_adapter(argv):
         parser.set_defaults(**ADAPTER_DEFAULTS[task])
+    model_args, data_args, training_args, model_args.adapter = _parsed(parser, kinds, argv)
+    check_packing(task, data_args, training_args)
+    return model_args, data_args, training_args
+
+
+def _parsed(parser: _Parser, kinds: Sequence[type], argv: Sequence[str] | None) -> list[Any]:
     try:
         *parsed, unknown = parser.parse_args_into_dataclasses(
             None if argv is None else list(argv), return_remaining_strings=True
@@ -120,14 +122,28 @@ def parse_arguments(
         raise OptionError(str(error)) from error
     if unknown:
         names = {f"--{field.name}" for kind in kinds for field in fields(kind) if field.init}
-        raise OptionError(no_such_option(unknown[0], f"dllm {task}", names))
-    model_args, data_args, training_args, model_args.adapter = parsed
+        raise OptionError(no_such_option(unknown[0], parser.prog, names))
+    data_args = parsed[1]
     if not 0 <= data_args.random_length <= 1:
         raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
     if data_args.max_length is not None and data_args.max_length < 2:
         raise OptionError(f"--max_length {data_args.max_length}: a row has at least 2 tokens.")
-    check_packing(task, data_args, training_args)
-    return model_args, data_args, training_args
+    return parsed
+
+
+def prepare_rows(task: Task, family: Family, argv: Sequence[str] | None = None) -> Path:
+    """Makes the rows of a task once, from a command line; see `dllm prepare --help`. Returns their folder.
+
+    Raises:
+        DllmError: the arguments, the tokenizer, the data or the folder.
+        SystemExit: --help.
+    """
+    kinds = (ModelArguments, DataArguments, PrepareArguments)
+    parser = _Parser(kinds, allow_abbrev=False, prog=f"dllm prepare {task}", description=_DESCRIPTIONS["prepare"])
+    parser.set_defaults(**{k: v for k, v in TASK_DEFAULTS[task].items() if k in ("model_name_or_path", "dataset_args")})
+    model_args, data_args, where = _parsed(parser, kinds, argv)
+    hide_bars(everywhere=False)
+    return prepare_data(task, family, model_args, data_args, where.output_dir, say=partial(print, flush=True))
 
 
 def check_packing(task: Task, data_args: DataArguments, args: TrainingArguments) -> None:
@@ -142,6 +158,10 @@ def check_packing(task: Task, data_args: DataArguments, args: TrainingArguments)
         )
     if data_args.document_masks and task == "sft":
         raise OptionError("--document_masks: fine-tuning's documents see themselves alone anyway. Leave it out.")
+    if is_streamed(data_args) and (data_args.packing or args.groups_by_length):
+        raise OptionError(
+            "A stream is neither packed nor grouped by length, for which all rows have to be known: leave one out."
+        )
     if data_args.packing and args.groups_by_length:
         raise OptionError(
             "--packing leaves no padding for --train_sampling_strategy group_by_length to save: leave one out."
@@ -152,6 +172,7 @@ def check_packing(task: Task, data_args: DataArguments, args: TrainingArguments)
 
 _DESCRIPTIONS = {
     "pretrain": "Pretrain a masked-diffusion language model on plain text.",
+    "prepare": "Turn data into rows of tokens once, for --load_preprocessed_data of dllm pretrain and dllm sft.",
     "sft": "Fine-tune a masked-diffusion language model on conversations.",
 }
 
@@ -203,6 +224,8 @@ def _train(
     if args.eval_strategy != "no" and test is None:
         raise DataError(f"--eval_strategy {args.eval_strategy.value} needs test rows: write  NAME[train:N,test:M].")
     check_disk(args, model, len(train))
+    if resume is not None and isinstance(train, StreamedRows):
+        train.load(Path(resume))
     sampler = make_sampler(
         args,
         family.sample,
@@ -286,55 +309,6 @@ def leave_group() -> None:
     gc.collect()  # the trainer and its model, which refer to each other
     torch.distributed.destroy_process_group()
     time.sleep(0.1)
-
-
-def prepare(
-    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel, datasets.Dataset, datasets.Dataset | None]:
-    """Tokenizer, model, and rows of ids; cheap checks come first, weights last."""
-    name = model_args.model_name_or_path
-    preset = name in family.presets
-    if task == "sft" and preset:
-        raise OptionError(
-            f"{name!r} is a shape without weights: pretrain it first, then fine-tune the folder that it made."
-        )
-    if task == "sft" and str(model_args.tokenizer_name_or_path).startswith("bpe:"):
-        raise OptionError(
-            f"--tokenizer_name_or_path {model_args.tokenizer_name_or_path}: a BPE is trained in pretraining, and fine-tuning "
-            f"uses the tokenizer that the model was pretrained with. Leave the option out."
-        )
-    config = None if preset else family.load_config(name)
-    context = DEFAULT_LENGTH if config is None else config.max_position_embeddings
-    max_length = data_args.max_length or min(DEFAULT_LENGTH, context)
-    if config is not None and max_length > context:
-        raise OptionError(f"--max_length {max_length} exceeds the model's context of {context}.")
-    data_args.max_length = max_length
-    column = "text" if task == "pretrain" else "messages"
-    train, test = load_splits(
-        data_args.dataset_args, column=column, source_column=getattr(data_args, f"{column}_column")
-    )
-    tokenizer = family.make_tokenizer(
-        model_args.tokenizer_name_or_path or ("builtin:char" if preset else name), lambda: iter(train["text"])
-    )
-    rows = partial(pretraining_rows if task == "pretrain" else sft_rows, tokenizer=tokenizer)
-    train_rows = rows(train, max_length=max_length, workers=data_args.num_proc)
-    test_rows = None if test is None else rows(test, max_length=max_length, workers=data_args.num_proc)
-    if task == "pretrain" and not model_args.continue_from_weights:
-        if model_args.adapter.lora:
-            raise OptionError(
-                "--lora needs weights to adapt, and pretraining starts fresh: add --continue_from_weights."
-            )
-        model = family.fresh_model(name, tokenizer, model_args.config_overrides, max_length)
-    elif model_args.config_overrides:
-        raise OptionError("--config_overrides only changes a model that starts fresh: leave it out.")
-    else:
-        if config is not None and not family.fits(config, tokenizer):
-            raise OptionError(
-                f"The tokenizer {model_args.tokenizer_name_or_path!r} is not that of {name!r}: it has {len(tokenizer)} entries "
-                f"and the mask {tokenizer.mask_token_id}, the model's mask is {config.mask_token_id}. Leave the option out."
-            )
-        model = load_to_train(family.load_model, name, model_args.adapter, args)
-    return tokenizer, model, train_rows, test_rows
 
 
 def make_packed(data_args: DataArguments) -> Callable[[Any, int, int], PackedDataset]:

@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from dllm.data.order import OrderedDataset
 from dllm.data.packing import PackedDataset
+from dllm.data.streams import CursorCollator, StreamedRows
 from dllm.diffusion.corruption import Corrupted, CorruptionPlan, Documents
 from dllm.diffusion.objective import batch_count, token_weights
 from dllm.training.arguments import TrainingArguments
@@ -80,6 +81,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         group = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
         seed = args.data_seed if args.data_seed is not None else args.seed
         collator = make_collator(seed, group, False)
+        self.stream = train_dataset if isinstance(train_dataset, StreamedRows) else None
         self._writing_to: Path | None = None
         self._settings: list[dict[str, Any]] = []
         length_of = getattr(collator, "length_of", None) if args.pad_to == "global" else None
@@ -89,7 +91,9 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             lengths = None
             if args.groups_by_length:
                 lengths = [len(ids) for ids in train_dataset["input_ids"]]
-            ordered = OrderedDataset(train_dataset, seed=seed, group=group, length_of=length_of, lengths=lengths)
+            ordered = OrderedDataset(
+                train_dataset, seed=seed, group=group, shuffle=self.stream is None, length_of=length_of, lengths=lengths
+            )
         super().__init__(
             model=model,
             args=args,
@@ -98,7 +102,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             eval_dataset=None
             if eval_dataset is None
             else OrderedDataset(eval_dataset, seed=seed, group=len(eval_dataset), shuffle=False),
-            data_collator=collator,
+            data_collator=collator if self.stream is None else CursorCollator(collator=collator),
             compute_metrics=_mean_loss,
             **kwargs,
         )
@@ -139,6 +143,9 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         """The loss's denominator: over all accumulation steps, and over all ranks."""
         if not batch_samples:
             return None
+        if self.stream is not None:
+            for batch in batch_samples:
+                self.stream.note(batch.pop("cursor"))
         self.tokens_seen += sum(batch["input_ids"].numel() for batch in batch_samples)
         counts = [self._count(batch) for batch in batch_samples]
         total = torch.stack(counts).sum().float().to(device)
@@ -295,6 +302,8 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             best = run_folder / f"checkpoint-{self.state.best_global_step}"
             if best == folder or best.is_dir():
                 self.state.best_model_checkpoint = str(best)
+        if self.stream is not None:
+            self.stream.save(unfinished, self.args.process_index)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))

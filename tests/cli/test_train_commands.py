@@ -97,8 +97,11 @@ def test_a_folder_that_is_not_empty_is_left_alone_unless_it_is_gone_on_with(
     ("arguments", "message"),
     [
         (["pretrain", "--dataset_args", "nothing.jsonl"], "There is no file nothing.jsonl"),
-        (["pretrain", "--dataset_args", "documents.jsonl[training:3]"], "no split 'training'. Did you mean 'train'?"),
-        (["pretrain", "--dataset_args", "talks.jsonl"], "no column 'text'; .* messages. .*--text_column"),
+        (["pretrain", "--dataset_args", "documents.jsonl[training:3]"], "no key 'training'. Did you mean 'train'?"),
+        (
+            ["pretrain", "--dataset_args", "rows.csv"],
+            "rows.csv, line 2: there is no column 'text'; it has id, txt. Did you mean 'txt'",
+        ),
         (["pretrain", "--dataset_args", "torn.jsonl"], r"torn.jsonl, line 2: not JSON \(.*Mend or remove the line"),
         (["pretrain", "--model_name_or_path", "teeny"], "There is no model folder 'teeny'.* preset .*tiny"),
         (["pretrain", "--config_overrides", "layers=2"], "there is no key 'layers'. Did you mean 'n_layers'?"),
@@ -115,6 +118,7 @@ def test_a_folder_that_is_not_empty_is_left_alone_unless_it_is_gone_on_with(
 def test_what_is_wrong_is_one_line_before_anything_is_trained(
     arguments: list[str], message: str, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    (here / "rows.csv").write_text("id,txt\n1,a\n")
     (here / "torn.jsonl").write_text('{"text": "whole"}\n{"text": "to')
     command, *rest = arguments
     data = ["--dataset_args", "documents.jsonl"] if command == "pretrain" else []

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dllm.data.builtin import builtin_rows
 from dllm.data.maps import BATCH, pretraining_rows, sft_rows
-from dllm.errors import CheckpointError, DataError
+from dllm.errors import CheckpointError, DataError, OptionError
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer, char_tokenizer
 
 CHARS = char_tokenizer()
@@ -153,3 +153,101 @@ def test_a_tokenizer_that_marks_no_answers_is_refused(template: str | None) -> N
     tokenizer.chat_template = template
     with pytest.raises(CheckpointError, match="chat template is missing or does not mark the assistant's words"):
         sft_rows(chats([[message("user", "q"), message("assistant", "a")]]), tokenizer, 99)
+
+
+TALK = [message("system", "s"), *[message("user", "ab"), message("assistant", "cd")] * 3]
+
+
+def whole_talk() -> tuple[list[int], list[int]]:
+    return obvious_conversation(TALK)
+
+
+def said_by(rows: datasets.Dataset, **options: Any) -> tuple[list[dict[str, Any]], list[str]]:
+    said: list[str] = []
+    return sft_rows(rows, CHARS, say=said.append, **options).to_list(), said
+
+
+def test_all_turns_are_rows_of_their_own() -> None:
+    ids, turns = whole_talk()
+    rows, said = said_by(chats([TALK]), max_length=999, turns="all")
+    pairs = list(zip(turns[::2], turns[1::2], strict=True))
+    assert rows == [{"input_ids": ids[:end], "turns": [start, end]} for start, end in pairs]
+    assert said == []
+
+
+def test_filter_leaves_longer_rows_out_and_says_how_many() -> None:
+    ids, turns = whole_talk()
+    rows, said = said_by(chats([TALK, TALK[:3]]), max_length=len(ids) - 1, truncation="filter", turns="all")
+    assert [row["turns"][1] for row in rows] == [turns[1], turns[3], turns[1]]
+    assert all(row["input_ids"] == ids[: row["turns"][1]] for row in rows)
+    length = len(ids) - 1
+    assert said == [f"training: of 4 turns, with --truncation filter to {length} tokens, 1 left out (longer)"]
+    with pytest.raises(
+        DataError, match="max_length=5 is shorter than each of 1 conversations: raise max_length, or cut"
+    ):
+        sft_rows(chats([TALK]), CHARS, 5, truncation="filter")
+
+
+def test_right_says_what_it_cut() -> None:
+    _, turns = whole_talk()
+    long = [message("user", "a" * 200), message("assistant", "b")]
+    silent = [message("user", "a")]
+    rows, said = said_by(chats([TALK, long, silent]), max_length=turns[3] + 1, what="test")
+    assert [row["turns"] for row in rows] == [turns[:4]]
+    (line,) = said
+    assert line == (
+        f"test: of 3 conversations, with --truncation right to {turns[3] + 1} tokens, the end of 1 cut off, 1 left out (the "
+        "cut leaves nothing of an answer), 1 left out (no answer in them)"
+    )
+
+
+@settings(max_examples=30)
+@given(st.integers(2, 90), st.sampled_from(["drawn", "all"]))
+def test_left_keeps_the_first_token_and_the_newest(length: int, turns: str) -> None:
+    ids, places = whole_talk()
+    pairs = list(zip(places[::2], places[1::2], strict=True))
+    expected = []
+    for end in [e for _, e in pairs] if turns == "all" else [pairs[-1][1]]:
+        gone = max(0, end - length)
+        kept = [ids[0], *ids[gone + 1 : end]]
+        mine = [pair for pair in pairs if pair[1] == end] if turns == "all" else pairs
+        spans = [(s - gone, e - gone) for s, e in mine if s - gone >= 2]
+        if spans:
+            expected.append({"input_ids": kept, "turns": [place for span in spans for place in span]})
+            assert all(ids[gone:end][s:e] == kept[s:e] for s, e in spans)
+    if expected:
+        rows, _ = said_by(chats([TALK]), max_length=length, truncation="left", turns=turns)
+        assert rows == expected
+        assert all(len(row["input_ids"]) <= length for row in rows)
+    else:
+        with pytest.raises(DataError, match=f"max_length={length} leaves no answer in any of 1 conversations"):
+            sft_rows(chats([TALK]), CHARS, length, truncation="left", turns=turns)
+
+
+@pytest.mark.parametrize(
+    ("option", "message_"),
+    [
+        ({"truncation": "middle"}, "--truncation 'middle' does not exist: it is right, left or filter."),
+        ({"turns": "last"}, "--turns 'last' does not exist: it is drawn or all."),
+    ],
+)
+def test_other_ways_do_not_exist(option: dict[str, str], message_: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(message_)):
+        sft_rows(chats([TALK]), CHARS, 99, **option)  # type: ignore[arg-type]
+
+
+def test_rows_are_computed_once_whatever_the_tokenizer_did_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = texts(["some words", "and more of them"])
+    first = pretraining_rows(data, char_tokenizer(), 4)
+    used = char_tokenizer()
+    used(["a", "bcd"], padding=True, truncation=True, max_length=2)
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("dllm.data.maps.document_ids", never)
+    again = pretraining_rows(data, used, 4)
+    assert again.to_list() == first.to_list()
+    assert again.cache_files == first.cache_files
+    with pytest.raises(AssertionError, match="computed again"):
+        pretraining_rows(data, used, 5)

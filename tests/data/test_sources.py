@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,8 @@ import datasets
 import pytest
 
 from dllm.data.builtin import builtin_rows
-from dllm.data.sources import load_splits
+from dllm.data.columns import ColumnNames, find_format
+from dllm.data.sources import Rendering, load_splits
 from dllm.errors import DataError
 
 TEXTS = [f"document {i}" for i in range(10)]
@@ -31,7 +33,22 @@ def chat(question: str, answer: str, **more: Any) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(params=["jsonl", "json", "parquet", "txt", "folder", "saved", "saved splits"])
+@pytest.fixture(
+    params=[
+        "jsonl",
+        "jsonl.gz",
+        "json",
+        "parquet",
+        "csv",
+        "tsv",
+        "txt",
+        "arrow",
+        "folder",
+        "shards",
+        "saved",
+        "saved splits",
+    ]
+)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """TEXTS in each form that a source can have."""
     rows = datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(10))})
@@ -44,6 +61,17 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         rows.to_parquet(path)
     elif request.param == "txt":
         path.write_bytes("\n\n\n".join(TEXTS).encode())
+    elif request.param == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    elif request.param in ("csv", "tsv"):
+        rows.to_csv(path, sep="," if request.param == "csv" else "\t", index=False)
+    elif request.param == "arrow":
+        rows.save_to_disk(tmp_path / "saved")
+        (tmp_path / "saved" / "data-00000-of-00001.arrow").rename(path)
+    elif request.param == "shards":
+        path.mkdir()
+        for shard in range(2):
+            rows.shard(2, shard, contiguous=True).to_parquet(path / f"part-{shard}.parquet")
     elif request.param == "folder":
         path.mkdir()
         write_jsonl(path / "train.jsonl", rows.to_list())
@@ -67,6 +95,156 @@ def test_test_rows_are_the_last_and_never_trained_on(source: Path, train: int | 
     train_rows, test_rows = load_splits(f"{source}[{limits}]", column="text")
     assert train_rows["text"][:] == TEXTS[: 10 - test][:train]
     assert (test_rows["text"][:] if test_rows else []) == TEXTS[10 - test :]
+
+
+def test_files_of_a_folder_belong_to_the_split_that_their_names_say(tmp_path: Path) -> None:
+    (tmp_path / "test").mkdir()
+    for name, text in {"train-0.jsonl": "a", "train-1.jsonl": "b", "test/part.jsonl": "c", "notes.json": "d"}.items():
+        write_jsonl(tmp_path / name, [{"text": text}])
+    train, test = load_splits(str(tmp_path), column="text")
+    assert (train["text"][:], test["text"][:]) == (["a", "b"], ["c"])  # type: ignore[index]
+    train, _ = load_splits(f"{tmp_path}/train-*.jsonl[train:1]", column="text")
+    assert train["text"][:] == ["a"]
+    with pytest.raises(DataError, match=r"No file fits .*/none-"):
+        load_splits(f"{tmp_path}/none-*.jsonl", column="text")
+
+
+def test_splits_of_other_names(tmp_path: Path) -> None:
+    splits = {"train_sft": [chat("a", "b")], "test_sft": [chat("c", "d")], "train_gen": [{"prompt": "e"}]}
+    datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}).save_to_disk(
+        tmp_path
+    )
+    train, test = load_splits(f"{tmp_path}[split:train_sft,test_split:test_sft]", column="messages")
+    assert train.to_list() == [chat("a", "b")]
+    assert test is not None
+    assert test.to_list() == [chat("c", "d")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
+def test_rows_that_are_in_both_splits_are_counted(tmp_path: Path, kind: str) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c", "b", "a", "d"]})
+    {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[kind](tmp_path / f"a.{kind}")
+    said: list[str] = []
+    load_splits(f"{tmp_path}/a.{kind}[test:3]", column="text", say=said.append)
+    assert said == [f"Warning: 2 of the 3 test rows of {tmp_path}/a.{kind} are training rows too, word for word."]
+    load_splits(f"{tmp_path}/a.{kind}[train:2,test:1]", column="text", say=said.append)
+    assert len(said) == 1
+
+
+FORMS = {
+    "messages": {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"},
+                              {"role": "assistant", "content": "a"}]},
+    "sharegpt": {"conversations": [{"from": "system", "value": "s"}, {"from": "human", "value": "q"},
+                                   {"from": "gpt", "value": "a"}]},
+    "sharegpt with a system column": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}],
+                                      "system": "s"},
+    "prompt and completion": {"prompt": "q", "completion": "a", "system": "s"},
+    "prompt and response": {"prompt": "q", "response": "a", "system": "s"},
+    "prompt and completion of messages": {
+        "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+        "completion": [{"role": "assistant", "content": "a"}]},
+    "instruction": {"instruction": "q", "input": "", "output": "a", "system": "s", "id": 7},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "repository"])
+@pytest.mark.parametrize("form", list(FORMS))
+def test_every_form_of_a_conversation_becomes_messages(tmp_path: Path, form: str, kind: str) -> None:
+    if kind == "jsonl":
+        path = write_jsonl(tmp_path / "a.jsonl", [FORMS[form]])
+    else:
+        path = tmp_path if kind == "repository" else tmp_path / "a.parquet"
+        datasets.Dataset.from_list([FORMS[form]]).to_parquet(tmp_path / "a.parquet")
+        (tmp_path / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: a.parquet\n---\n")
+    train, _ = load_splits(str(path), column="messages")
+    assert train.to_list() == [FORMS["messages"]]
+
+
+def test_an_input_is_part_of_the_question() -> None:
+    pair = find_format(["instruction", "input", "output"], "messages", ColumnNames(), "here")
+    row = {"instruction": "Add", "input": "1 and 2", "output": "3"}
+    assert pair.convert(row, "here") == chat("Add\n\n1 and 2", "3")["messages"]
+
+
+def test_columns_of_a_pair_can_be_named(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "1", "r": "2", "who": "s", "messages": "wrong"}])
+    names = ColumnNames(prompt="q", completion="r", system="who")
+    (row,) = load_splits(str(path), column="messages", names=names)[0].to_list()
+    assert row["messages"] == [{"role": "system", "content": "s"}, *chat("1", "2")["messages"]]
+
+
+def test_conversations_are_pretrained_on_as_the_text_that_they_make(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [chat("1", "2"), chat("3", "4")])
+    render = Rendering("colons", lambda messages: "".join(f"{m['role']}: {m['content']}\n" for m in messages))
+    train, _ = load_splits(f"{path} | builtin:addition[train:1]", column="text", render=render)
+    assert train["text"][:2] == ["user: 1\nassistant: 2\n", "user: 3\nassistant: 4\n"]
+    with pytest.raises(DataError, match="these are conversations, and a tokenizer trained here needs text"):
+        load_splits(str(path), column="text")
+
+
+def test_what_is_no_conversation_names_the_nearest_column(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"mesages": [], "id": 1}])
+    with pytest.raises(
+        DataError, match=r"no column 'messages', nor .*; it has mesages, id. Did you mean 'mesages'\? Name"
+    ):
+        load_splits(str(path), column="messages")
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A data set of the hub as `git clone` gives it: two configurations, files in folders, one without a test split."""
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: mit\nconfigs:\n- config_name: plain\n  data_files: data/*.parquet\n- config_name: both\n"
+        "  data_files:\n  - split: train\n    path: both/a.parquet\n  - split: test\n    path: both/b.parquet\n---\n# Rows\n"
+    )
+    for folder in ("data", "both"):
+        (tmp_path / folder).mkdir()
+    datasets.Dataset.from_dict({"text": TEXTS, "id": list(range(10))}).to_parquet(tmp_path / "data/0.parquet")
+    datasets.Dataset.from_dict({"text": TEXTS[:8]}).to_parquet(tmp_path / "both/a.parquet")
+    datasets.Dataset.from_dict({"text": TEXTS[8:]}).to_parquet(tmp_path / "both/b.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("keys", "train", "test"),
+    [
+        ("name:plain", TEXTS, []),
+        ("name:plain,test:2", TEXTS[2:], TEXTS[:2]),
+        ("name:plain,test:2,train:3", TEXTS[2:5], TEXTS[:2]),
+        ("name:plain,test:2,train:99", TEXTS[2:], TEXTS[:2]),
+        ("name:plain,train:3", TEXTS[:3], []),
+        ("name:both", TEXTS[:8], TEXTS[8:]),
+        ("name:both,train:2,test:1", TEXTS[:2], TEXTS[8:9]),
+        ("name:both,split:test,train:2,test:0", TEXTS[8:], []),
+    ],
+)
+def test_a_clone_of_a_data_set_of_the_hub(clone: Path, keys: str, train: list[str], test: list[str]) -> None:
+    rows = load_splits(f"{clone}[{keys}]", column="text")
+    assert rows[0].to_dict() == {"text": train}
+    assert (rows[1].to_dict() if rows[1] else {"text": []}) == {"text": test}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("", r"has several configurations. It can be one of: both, plain. Write  .*\[name:CONFIG\]"),
+        ("[name:plane]", r"has no configuration 'plane'. Did you mean 'plain'\? Write"),
+        (
+            "[name:both,split:validation]",
+            r"has no split named validation; it has train, test. Name the one to train on",
+        ),
+        ("[name:plain,test:10]", "has 10 rows in one split: test:10 leaves none to train on"),
+    ],
+)
+def test_what_a_clone_has_not_is_named(clone: Path, keys: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load_splits(f"{clone}{keys}", column="text")
+
+
+def test_rows_of_a_clone_are_read_through_a_cache_on_the_disk(clone: Path) -> None:
+    for _ in range(2):
+        train, _ = load_splits(f"{clone}[name:plain,train:3]", column="text")
+        assert train.cache_files
 
 
 @pytest.mark.parametrize("kind", ["files", "saved"])
@@ -121,9 +299,11 @@ def test_conversations_with_other_keys_are_joined(tmp_path: Path, kind: str) -> 
     assert train.to_list() == [chat("a", "b"), chat("c", "d"), *sums]
 
 
-def test_columns_of_different_kinds_are_not_joined(tmp_path: Path) -> None:
+def test_a_text_column_that_holds_no_text_is_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": [1, 2]}).to_parquet(tmp_path / "numbers.parquet")
-    with pytest.raises(DataError, match=r"cannot be joined: their column 'text' is .*int64.* and .*string"):
+    with pytest.raises(
+        DataError, match=r"numbers.parquet: the column 'text' holds .*int64.*, and it has to hold string"
+    ):
         load_splits(f"{tmp_path}/numbers.parquet + builtin:addition[train:1]", column="text")
 
 
@@ -132,7 +312,7 @@ def test_a_column_of_another_name_is_used_and_the_others_are_left_out(tmp_path: 
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     for file in (path, tmp_path / "a.parquet"):
-        train, _ = load_splits(str(file), column="text", source_column="body")
+        train, _ = load_splits(str(file), column="text", names=ColumnNames(text="body"))
         assert train[:] == {"text": TEXTS}
 
 
@@ -185,8 +365,16 @@ def test_windows_files_are_read(tmp_path: Path) -> None:
         ("a.json", b'{"text": "a"}', "a.json is not a list of objects. For one object a line, name the file .jsonl."),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', "a.json is not JSON: Extra data"),
         ("a.parquet", b"PAR1 and no more", "a.parquet is not a readable parquet file: "),
-        ("a.csv", b"a,b", "a.csv: dllm reads .jsonl, .json, .parquet, .txt, not .csv."),
-        ("rows", b"a,b", "rows: dllm reads .jsonl, .json, .parquet, .txt, not a file without an ending."),
+        ("a.arrow", b"ARROW1 and no more", "a.arrow is not a readable arrow file: "),
+        ("a.csv", b"a,b", "a.csv has no rows."),
+        ("a.csv", b"id,text\n1,one\n2\n", "a.csv, line 3: 1 fields, and the first line names 2 columns."),
+        ("a.csv", b'id,text\n1,"one\nline"\n2,two,2\n', "a.csv, line 4: 3 fields, and the first line names 2 columns."),
+        ("a.csv", b'id,text\n1,"one"s\n', "a.csv, line 2: not CSV ("),
+        ("a.csv", b"text,text\n1,2\n", "a.csv, line 1: a column's name is there twice: text, text."),
+        ("a.csv", b"id,txt\n1,2\n", "a.csv, line 2: there is no column 'text'; it has id, txt. Did you mean 'txt'?"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz, after line 0: the compressed file is broken"),
+        ("a.xlsx", b"a,b", "a.xlsx: dllm reads .jsonl, .json, .csv, .tsv, .txt, .parquet, .arrow, not .xlsx."),
+        ("rows", b"a,b", ".parquet, .arrow, not a file without an ending."),
     ],
 )
 def test_an_unreadable_file_is_named_with_the_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -215,20 +403,16 @@ def test_a_row_that_is_no_conversation_is_named_with_its_place(tmp_path: Path, k
 
 def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"body": ["a"], "id": [1]}).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(
-        DataError, match=r"a.parquet: the train rows have no column 'text'; they have body, id. Name the"
-    ):
+    with pytest.raises(DataError, match=r"a.parquet: there is no column 'text'; it has body, id. Name the"):
         load_splits(f"{tmp_path}/a.parquet", column="text")
-    with pytest.raises(
-        DataError, match=r"no column 'turns'; they have body, id. Name the right one with --messages_col"
-    ):
-        load_splits(f"{tmp_path}/a.parquet", column="messages", source_column="turns")
+    with pytest.raises(DataError, match=r"no column 'turns'; it has body, id. Name the right one with --messages_col"):
+        load_splits(f"{tmp_path}/a.parquet", column="messages", names=ColumnNames(messages="turns"))
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ([], "has no train file: name it train.jsonl, train.parquet or train.txt."),
+        ([], "has no train file: name it train.jsonl, .parquet, .csv or .txt."),
         (["test.jsonl"], "has no train file"),
         (["train.jsonl", "train.txt"], "has train.jsonl and train.txt: keep one file for train."),
     ],
@@ -242,7 +426,10 @@ def test_a_folder_without_one_train_file_is_refused(tmp_path: Path, names: list[
 
 def test_a_saved_data_set_without_a_train_split_is_refused(tmp_path: Path) -> None:
     datasets.DatasetDict(validation=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "saved")
-    with pytest.raises(DataError, match="saved has no split named train: rename the one to train on"):
+    with pytest.raises(
+        DataError,
+        match=r"saved has no split named train; it has validation. Name the one to train on: .*saved\[split:NAME\]",
+    ):
         load_splits(str(tmp_path / "saved"), column="text")
 
 

@@ -60,6 +60,13 @@ def refuses(task: str, argv: list[str], kind: type[DllmError], message: str) -> 
          "2 documents hold less than one row of max_length=90 tokens: lower max_length, or bring more text."),
         (["--eval_strategy", "steps", "--dataset_args", "builtin:addition[train:60,test:0]"], DataError,
          "--eval_strategy steps needs test rows: write  NAME[train:N,test:M]."),
+        (["--streaming", "--max_steps", "-1"], OptionError, "Streaming has no epochs: say with --max_steps how long to train."),
+        (["--streaming", "--shuffle_buffer", "0"], OptionError, "--shuffle_buffer 0: it is 1 or more."),
+        (["--streaming", "--train_sampling_strategy", "group_by_length"], OptionError, "A stream is neither packed nor grou"),
+        (["--turns", "all"], OptionError, "--truncation and --turns are for fine-tuning: pretraining cuts text into rows"),
+        (["--dataset_args", "builtin:addition[name:x]"], DataError, "builtin:addition has no configurations and no splits"),
+        (["--dataset_args", "builtin:addition[train:5,wight:1]"], DataError, "no key 'wight'. Did you mean 'weight'?"),
+        (["--load_preprocessed_data", "none"], DataError, "none holds no prepared data (prepared.json is not there)."),
         (["--resume_from_checkpoint", "nowhere"], OptionError, "nowhere: that is no checkpoint folder. Say auto for the las"),
     ],
 )  # fmt: skip
@@ -82,12 +89,13 @@ def test_pretraining_refuses(tmp_path: Path, options: list[str], kind: type[Dllm
             OptionError,
             "--tokenizer_name_or_path bpe:300: a BPE is trained in pretraining, and fine-tuning uses the tokenizer that the",
         ),
+        (["--truncation", "middle"], OptionError, "--truncation 'middle' does not exist: it is right, left or filter."),
         (["--max_length", "15"], DataError, "max_length=15 leaves no answer in any of 12 conversations"),
         (["--dataset_args", "builtin:text"], DataError, "builtin:text has no column 'messages': it has 'text'."),
         (
             ["--messages_column", "turns", "--dataset_args", "FILE"],
             DataError,
-            "there is no column 'turns'; the row has mes",
+            "there is no column 'turns'; it has messages. Name",
         ),
     ],
 )

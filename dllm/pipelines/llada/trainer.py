@@ -12,7 +12,7 @@ from dllm.pipelines.llada.generate import generate
 from dllm.pipelines.llada.loading import fits, fresh_model, load_config, load_model
 from dllm.pipelines.llada.presets import PRESETS
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer, char_tokenizer, load_tokenizer
-from dllm.training.run import Family, run
+from dllm.training.run import Family, Task, prepare_rows, run
 from dllm.training.trainer import MaskedDiffusionTrainer
 
 
@@ -69,3 +69,8 @@ def pretrain(argv: Sequence[str] | None = None) -> Path:
 def sft(argv: Sequence[str] | None = None) -> Path:
     """Fine-tunes from command-line arguments; see `dllm sft --help`. Returns the folder of the final model."""
     return run("sft", LLADA, argv)
+
+
+def prepare(task: Task, argv: Sequence[str] | None = None) -> Path:
+    """Makes rows of tokens for a task, once; see `dllm prepare --help`. Returns their folder."""
+    return prepare_rows(task, LLADA, argv)
