@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import huggingface_hub
 
 from dllm.data.spec import SourceSpec
 from dllm.errors import DataError, did_you_mean
@@ -78,7 +78,7 @@ def _refusal(spec: SourceSpec, error: Exception) -> DataError:
         return DataError(
             f"{spec.name} cannot be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
         )
-    offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
+    offline = " HF_HUB_OFFLINE is set." if huggingface_hub.constants.HF_HUB_OFFLINE else ""
     joint = " To join two sources, write blanks around the plus." if "+" in spec.name else ""
     return DataError(
         f"{spec.name!r} is no file or folder here, and loading it from the hub failed:{offline} "
