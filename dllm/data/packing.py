@@ -109,6 +109,7 @@ class PackedDataset(Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Called by the data loader at the start of each epoch."""
         self.epoch = epoch
+        self._step: tuple[int, list[int]] = (-1, [])  # (first position of a step, documents of its rows)
         self._order = keyed_permutation(len(self.packs), self.seed, Purpose.DATA_ORDER, epoch).tolist()
 
     def __len__(self) -> int:
@@ -118,7 +119,9 @@ class PackedDataset(Dataset[dict[str, Any]]):
         if not 0 <= position < len(self):
             raise IndexError(position)
         first = position - position % self.group
-        sizes = [len(self._pack(other)) for other in range(first, first + self.group)]
+        if self._step[0] != first:
+            self._step = (first, [len(self._pack(other)) for other in range(first, first + self.group)])
+        sizes = self._step[1]
         base = (self.epoch * self._rounds + position // len(self.packs)) * len(self.rows)
         return {
             "documents": [

@@ -22,6 +22,7 @@ Cross-Entropy, arXiv:2411.09009, and of Liger Kernel, arXiv:2410.10989.)
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -87,8 +88,13 @@ def head_loss(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, weights_N: 
         and type(weight) in (Tensor, nn.Parameter)
     )
     if plain:
-        return HeadLoss(*_LinearLoss.apply(hidden_ND, weight, targets_N, weights_N))  # type: ignore[no-untyped-call]
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
+        with torch.autocast(device, enabled=False):  # what is to be in `dtype` is cast by hand
+            return HeadLoss(*_LinearLoss.apply(hidden_ND, weight, targets_N, weights_N, dtype))  # type: ignore[no-untyped-call]
     rows = chunk_rows(getattr(head, "out_features", len(weight) if weight is not None else CHUNK_ELEMENTS))
+    if isinstance(head, nn.Embedding):  # whose own forward looks ids up
+        head = partial(nn.functional.linear, weight=weight)  # type: ignore[assignment, arg-type]
     parts = [
         checkpoint(_nll_of_chunk, head, hidden, targets, use_reentrant=False)
         for hidden, targets in zip(hidden_ND.split(rows), targets_N.split(rows), strict=True)
@@ -101,19 +107,22 @@ def _nll_of_chunk(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor) -> Tens
     return masked_nll(head(hidden_ND), targets_N)
 
 
+def _times(x: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """x * factor in `dtype`, multiplied in place in the wider of the two."""
+    return x.to(torch.promote_types(x.dtype, dtype)).mul_(factor).to(dtype)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
 class _LinearLoss(torch.autograd.Function):
-    """(hidden_ND, weight_VD, targets_N, weights_N) -> (loss, nll_N). Gradients are made in the forward."""
+    """(hidden_ND, weight_VD, targets_N, weights_N, dtype of the products) -> (loss, nll_N). Gradients are made in the forward."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weights_N: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        device = hidden_ND.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         wide = torch.promote_types(dtype, torch.float32)
         hidden, weight = hidden_ND.to(dtype), weight_VD.to(dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -122,7 +131,10 @@ class _LinearLoss(torch.autograd.Function):
         # the largest weight is taken out of the products, so that fp16 does not lose the small ones
         weights_N = weights_N.to(wide)
         scale = weights_N.abs().max().clamp(min=torch.finfo(wide).tiny) if N else torch.ones((), dtype=wide)
-        share_N1 = (weights_N / scale).to(dtype)[:, None]
+        # the range of fp16 holds logits, but not sums of many rows' gradients
+        exact = wide if dtype == torch.float16 else dtype
+        states, table = hidden.to(exact), weight.to(exact)
+        share_N1 = (weights_N / scale).to(exact)[:, None]
         grad_hidden = torch.empty_like(hidden, dtype=wide) if wants_hidden else None
         grad_weight: Tensor | None = None
         for start in range(0, N, rows):
@@ -134,21 +146,21 @@ class _LinearLoss(torch.autograd.Function):
                 continue
             error_RV = log_p_RV.exp_()
             error_RV.scatter_add_(1, targets_R1, torch.full_like(targets_R1, -1, dtype=wide))
-            error_RV = error_RV.to(dtype)
+            error_RV = error_RV.to(exact)
             if grad_hidden is not None:
-                grad_hidden[here] = (error_RV @ weight) * share_N1[here]
+                grad_hidden[here] = (error_RV @ table) * share_N1[here]
             if wants_weight:
-                shared_RD = hidden[here] * share_N1[here]
+                shared_RD = states[here] * share_N1[here]
                 if grad_weight is None and rows >= N:
                     grad_weight = error_RV.T @ shared_RD
                 elif grad_weight is None:
                     grad_weight = (error_RV.T @ shared_RD).to(wide)
-                elif dtype == wide:
+                elif exact == wide:
                     grad_weight.addmm_(error_RV.T, shared_RD)
                 else:
                     grad_weight += error_RV.T @ shared_RD
         if wants_weight and grad_weight is None:
-            grad_weight = torch.zeros_like(weight)
+            grad_weight = torch.zeros_like(table)
         ctx.save_for_backward(grad_hidden, grad_weight, scale)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
         ctx.mark_non_differentiable(nll_N)
@@ -159,15 +171,16 @@ class _LinearLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_loss: Tensor | None, _: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight, scale = ctx.saved_tensors
         if grad_loss is None:
-            return None, None, None, None
+            return None, None, None, None, None
         factor = grad_loss * scale
         hidden_dtype, weight_dtype = ctx.dtypes
         return (
             None if grad_hidden is None else (grad_hidden * factor).to(hidden_dtype),
-            None if grad_weight is None else grad_weight.to(weight_dtype).mul_(factor),
+            None if grad_weight is None else _times(grad_weight, factor, weight_dtype),
+            None,
             None,
             None,
         )

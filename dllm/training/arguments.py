@@ -181,6 +181,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     remove_unused_columns: bool = _help("The collators decide what a batch holds.", default=False)
     logging_steps: float = _help("Steps between two lines of the log.", default=10)
+    ddp_timeout: int = _help(
+        "Seconds that processes wait for one another, such as for the one that makes the rows of all.", default=10_800
+    )
     save_total_limit: int | None = _help("Checkpoints to keep; older ones are deleted.", default=2)
 
     def __post_init__(self) -> None:

@@ -136,8 +136,8 @@ def work(model: nn.Module) -> Work:
             a_token += _per_weight(module.weight.requires_grad) * module.in_features * module.out_features
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    a_head = config.vocab_size * config.hidden_size
-    return Work(a_token, 12.0 * config.num_hidden_layers * width, 6.0 * a_head)
+    a_head = _per_weight(head.weight.requires_grad) * config.vocab_size * config.hidden_size
+    return Work(a_token, 12.0 * config.num_hidden_layers * width, float(a_head))
 
 
 def _per_weight(trained: bool) -> int:
@@ -182,6 +182,16 @@ class Meter:
         self.tokens = 0
         """Positions of the last interval that was read."""
 
+    def start(self, step: int) -> None:
+        """Starts the clock, before the first forward; does nothing where it runs.
+
+        Args:
+            step: the steps done before this one.
+        """
+        if self.began is None:
+            self.began = time.monotonic()
+            self.first = (self.began, step)
+
     def add(self, rows: Tensor, inputs: dict[str, Tensor], step: int) -> None:
         """Adds a micro-batch.
 
@@ -190,9 +200,7 @@ class Meter:
             inputs: the batch; see `seen`.
             step: the steps done before this one.
         """
-        if self.began is None:
-            self.began = time.monotonic()
-            self.first = (self.began, step)
+        self.start(step)
         self.sums += rows.sum(0)
         self.positions += torch.stack(seen(inputs)).to(self.positions.dtype)
 

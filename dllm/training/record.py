@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ def record_start(
         "task": task,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed_from": resumed,
-        "command": [sys.executable, *sys.argv],
+        "command": _without_secrets([sys.executable, *sys.argv]),
         "arguments": arguments,
         "rows": rows,
         "processes": args.world_size,
@@ -91,6 +92,13 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _without_secrets(command: list[str]) -> list[str]:
+    """A command line without the values of options such as --hub_token."""
+    joined = [re.sub(r"^(--\w*token)=.*", r"\1=...", word, flags=re.DOTALL) for word in command]
+    follows = [False, *(re.fullmatch(r"--\w*token", word) is not None for word in joined[:-1])]
+    return ["..." if secret else word for secret, word in zip(follows, joined, strict=True)]
 
 
 def _devices(args: TrainingArguments) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import shutil
 import sys
 import time
@@ -25,6 +26,7 @@ from transformers import (
     ProgressCallback,
     set_seed,
 )
+from transformers.hf_argparser import string_to_bool
 
 from dllm.data.collators import PretrainingCollator, SFTCollator
 from dllm.data.packing import PackedDataset
@@ -102,6 +104,11 @@ def parse_arguments(
     parser = _Parser(
         kinds, allow_abbrev=False, prog=f"dllm {task}", description=_DESCRIPTIONS[task], epilog=options_help()
     )
+    for action in parser._actions:  # transformers lets only some switches stand without a value
+        if action.nargs is None and action.type is string_to_bool:
+            action.nargs, action.const = "?", True
+        if action.dest == "resume_from_checkpoint":
+            action.nargs, action.const = "?", "auto"
     # not None, for which transformers would write into a folder of its own choice
     parser.set_defaults(output_dir="", **TASK_DEFAULTS[task])
     if wants_adapter(argv):
@@ -152,21 +159,27 @@ def check_packing(task: Task, data_args: DataArguments, args: TrainingArguments)
     Raises:
         OptionError: they do not.
     """
+    if is_streamed(data_args) and (data_args.packing or args.groups_by_length):
+        raise OptionError(
+            "A stream is neither packed nor grouped by length, for which all rows have to be known: leave one out."
+        )
+    if not data_args.packing and data_args.pack_eos != DataArguments.pack_eos:
+        raise OptionError("--pack_eos belongs to --packing: write that too, or leave it out.")
+    if args.groups_by_length and task == "pretrain":
+        raise OptionError(
+            "--train_sampling_strategy group_by_length: pretraining's rows are all of one length. Leave it out."
+        )
     if data_args.packing and task == "pretrain":
         raise OptionError(
             "--packing: pretraining's rows are full already. To keep their documents apart, write --document_masks."
         )
     if data_args.document_masks and task == "sft":
         raise OptionError("--document_masks: fine-tuning's documents see themselves alone anyway. Leave it out.")
-    if is_streamed(data_args) and (data_args.packing or args.groups_by_length):
-        raise OptionError(
-            "A stream is neither packed nor grouped by length, for which all rows have to be known: leave one out."
-        )
     if data_args.packing and args.groups_by_length:
         raise OptionError(
             "--packing leaves no padding for --train_sampling_strategy group_by_length to save: leave one out."
         )
-    if data_args.pack_eos != "mirror" and not data_args.pack_eos.isdigit():
+    if data_args.pack_eos != "mirror" and not re.fullmatch("[0-9]+", data_args.pack_eos):
         raise OptionError(f"--pack_eos {data_args.pack_eos}: write a number, such as 8, or mirror.")
 
 
@@ -232,7 +245,7 @@ def _train(
         tokenizer,
         model,
         chat=task == "sft",
-        row=(train if test is None else test)[0],
+        row=(train if test is None else test)[0] if args.sample_every else {},
         resume=resume,
     )
 

@@ -143,6 +143,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         """The loss's denominator: over all accumulation steps, and over all ranks."""
         if not batch_samples:
             return None
+        self.meter.start(self.state.global_step)
         if self.stream is not None:
             for batch in batch_samples:
                 self.stream.note(batch.pop("cursor"))

@@ -145,3 +145,34 @@ def test_what_is_wrong_is_one_line_before_anything_is_trained(
 )
 def test_a_logged_step_is_one_line_of_words(logs: dict[str, Any], words: str) -> None:
     assert log_line(7, 10, logs) == f"step 7/10  {words}"
+
+
+def test_packed_rows_and_switches_without_a_value(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = ["sft", "--dataset_args", "talks.jsonl", "--max_length", "128", "--packing", "--bf16", "--max_steps", "2"]
+    assert main([*command, "--output_dir", "packed", "--logging_steps", "1"]) == 0
+    shown = capfd.readouterr().out
+    assert "bf16 on cpu" in shown
+    assert "step 2/2  loss " in shown
+    assert main([*command, "--output_dir", "packed", "--resume_from_checkpoint"]) == 0
+    record = json.loads((here / "packed" / "run.json").read_text(encoding="utf-8"))
+    assert "checkpoint-2" in str(record)
+
+
+def test_a_secret_does_not_reach_the_record(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = [
+        "sft",
+        "--dataset_args",
+        "talks.jsonl",
+        "--max_length",
+        "64",
+        "--max_steps",
+        "1",
+        "--output_dir",
+        "secret",
+    ]
+    monkeypatch.setattr("sys.argv", ["dllm", *command, "--hub_token", "hf_one", "--push_to_hub_token=hf_two"])
+    assert main(command) == 0
+    record = (here / "secret" / "run.json").read_text(encoding="utf-8")
+    assert "--hub_token" in record
+    assert "hf_one" not in record
+    assert "hf_two" not in record

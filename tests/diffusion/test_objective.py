@@ -288,6 +288,17 @@ def test_in_low_precision_the_loss_is_near_the_one_in_fp64(
         assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()
 
 
+def test_fp16_holds_the_gradient_of_many_equal_targets() -> None:
+    head = nn.Linear(4, 8, bias=False)
+    hidden = torch.full((800, 4), 120.0, requires_grad=True)
+    targets, weights = torch.zeros(800, dtype=torch.int64), torch.full((800,), 1 / 800)
+    with torch.autocast("cpu", torch.float16):
+        head_loss(head, hidden, targets, weights).loss.backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.isfinite().all()
+    assert head.weight.grad.abs().max() > 1
+
+
 @pytest.mark.parametrize("trained", ["hidden", "head", "neither"])
 def test_what_is_frozen_costs_no_gradient(trained: str) -> None:
     head, hidden, targets, weights = head_case(9, torch.float64, "linear")

@@ -43,6 +43,8 @@ def refuses(task: str, argv: list[str], kind: type[DllmError], message: str) -> 
         (["--optimizer", "lion"], OptionError, "--optimizer 'lion' does not exist: it is adamw or muon."),
         (["--min_time", "0.9", "--max_time", "0.1"], OptionError, "--min_time 0.9 --max_time 0.1: 0 <= min_time < max_"),
         (["--random_length", "2"], OptionError, "--random_length 2.0: it is a share, between 0 and 1."),
+        (["--pack_eos", "3"], OptionError, "--pack_eos belongs to --packing: write that too, or leave it out."),
+        (["--train_sampling_strategy", "group_by_length"], OptionError, "pretraining's rows are all of one length."),
         (["--packing"], OptionError, "--packing: pretraining's rows are full already. To keep their documents apart, write"),
         (["--train_sampling_strategy", "sequential"], OptionError, "the order of the data is a keyed shuffle, random or"),
         (["--max_length", "1"], OptionError, "--max_length 1: a row has at least 2 tokens."),

@@ -335,6 +335,21 @@ def test_checkpointed_activations_change_nothing(make_trainer: MakeTrainer, task
     torch.testing.assert_close(done[0][1], done[1][1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("how", [{"packed": 128}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_resumed_run_has_the_same_packed_or_grouped_steps(
+    make_trainer: MakeTrainer, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    options = dict(max_steps=7, per_device_train_batch_size=2, save_strategy="steps", save_steps=5, **how)
+    whole = make_trainer("sft", **options)  # epochs are shorter than that
+    whole.train()
+    assert whole.state.epoch > 1
+    shutil.move(tmp_path / "run" / "checkpoint-5", tmp_path / "kept")
+    again = make_trainer("sft", **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "kept"))
+    assert logged(again, "loss") == logged(whole, "loss")
+    assert all(torch.equal(tensor, weights(whole)[name]) for name, tensor in weights(again).items())
+
+
 def test_an_optimiser_in_8_bits_learns(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer(max_steps=20, optim="adamw_bnb_8bit", loss_normalisation="token")
     before = weights(trainer)
