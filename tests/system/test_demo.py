@@ -31,7 +31,8 @@ def test_solves_95_of_100_unseen_puzzles(demo: tuple[Path, str]) -> None:
     shares = exact_shares(demo[1])
     assert len(shares) == 5
     assert shares[0] >= 95
-    assert shares[0] == max(shares)
+    assert shares[0] > max(shares) - 1, "one token a forward is the surest, up to some puzzles of 500"
+    assert shares[-1] < shares[0] - 10
 
 
 def test_the_loss_falls_on_unseen_rows(demo: tuple[Path, str]) -> None:
