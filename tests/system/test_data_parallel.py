@@ -25,6 +25,7 @@ TASKS = {
     # 20 rows are 2.5 steps: the runs meet a step that is filled up, and the end of an epoch; half the steps are cut short
     "pt": '--dataset_args "builtin:sudoku6[train:20,test:7]" --max_length 37 --random_length 0.5',
     "sft": '--dataset_args "builtin:addition[train:20,test:7]" --max_length 64',
+    "sft-packed": '--dataset_args "builtin:addition[train:70,test:7]" --max_length 100 --packing --pack_eos 3',
 }
 
 
@@ -62,9 +63,9 @@ def runs(task: str, base: Path) -> Runs:
     for name, (processes, batch, accumulated) in LAYOUTS.items():
         assert processes * batch * accumulated == GLOBAL_BATCH
         launcher = "python" if processes == 1 else f"accelerate launch --config_file {CPU_CONFIG}"
-        out = f"{task}-{processes}-{accumulated}"
+        out, script = f"{task}-{processes}-{accumulated}", task.split("-")[0]
         shown = run(
-            f"{launcher} examples/llada/{task}.py --model_name_or_path base {TASKS[task]} {COMMON} --output_dir {out} "
+            f"{launcher} examples/llada/{script}.py --model_name_or_path base {TASKS[task]} {COMMON} --output_dir {out} "
             f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulated}",
             base.parent,
         )
