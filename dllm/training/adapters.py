@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from dllm.errors import MissingExtraError, OptionError, did_you_mean
 from dllm.layers.adapters import QUANTISATION, import_peft, is_adapter, quiet, read_settings
+from dllm.training.described import described as _help
 
 if TYPE_CHECKING:
     from dllm.training.arguments import TrainingArguments
@@ -30,10 +31,6 @@ ADAPTER_DEFAULTS: dict[str, dict[str, Any]] = {"pretrain": {}, "sft": {"learning
 
 WHOLE = ("config.json", "model.safetensors")
 """Files of the checkpoint of a model that is trained whole."""
-
-
-def _help(text: str, **kwargs: Any) -> Any:
-    return field(metadata={"help": text}, **kwargs)
 
 
 @dataclass

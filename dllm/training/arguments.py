@@ -6,7 +6,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import transformers
@@ -15,10 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from dllm.diffusion.objective import check_normalisation
 from dllm.errors import MissingExtraError, OptionError, did_you_mean
 from dllm.training.adapters import AdapterArguments
-
-
-def _help(text: str, **kwargs: Any) -> Any:
-    return field(metadata={"help": text}, **kwargs)
+from dllm.training.described import described as _help
 
 
 @dataclass
@@ -190,7 +186,8 @@ class TrainingArguments(transformers.TrainingArguments):
         if not torch.cuda.is_available() and not torch.backends.mps.is_available():
             # without it two processes on a CPU would train two models side by side, silently
             self.use_cpu = True
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would print that it looked for others
+        if self.use_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where it is installed, would warn of no GPU
         if self.bf16 is None:
             self.bf16 = not self.fp16 and bf16_is_fast(self.use_cpu)
         if self.ddp_find_unused_parameters is None:  # type: ignore[has-type]

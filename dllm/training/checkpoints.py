@@ -51,9 +51,14 @@ def fault(folder: Path) -> str | None:
 
 def last_whole(folder: Path) -> Path | None:
     """The whole checkpoint of the highest step in an output folder."""
-    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir())
-    numbered = sorted(((int(match[1]), path) for match, path in found if match), reverse=True)
+    numbered = sorted(_numbered(folder), reverse=True)
     return next((path for _, path in numbered if fault(path) is None), None)
+
+
+def _numbered(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint of a step, whole or not."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.iterdir() if path.is_dir())
+    return [(int(match[1]), path) for match, path in found if match]
 
 
 def has_checkpoints(folder: Path) -> bool:
@@ -78,9 +83,8 @@ def rotate(folder: Path, keep: int | None, best: str | None) -> None:
         keep: how many stay; all for None or 0.
         best: the folder of one that stays whatever its age.
     """
-    found = [path for path in folder.iterdir() if path.is_dir() and re.fullmatch(r"checkpoint-\d+", path.name)]
     # by the time of saving: a run that went back to an earlier step writes the newest checkpoints under lower numbers
-    found.sort(key=lambda path: (path.stat().st_mtime, int(path.name.split("-")[1])))
+    found = [path for _, path in sorted(_numbered(folder), key=lambda each: (each[1].stat().st_mtime, each[0]))]
     spare = [path for path in found[:-1] if best is None or path != Path(best)]
     for path in spare[: max(0, len(found) - keep) if keep and keep > 0 else 0]:
         shutil.rmtree(path, ignore_errors=True)

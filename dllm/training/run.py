@@ -6,7 +6,6 @@ Everything that can be wrong with the arguments, the data and the disk is found 
 from __future__ import annotations
 
 import gc
-import os
 import re
 import shutil
 import sys
@@ -225,8 +224,6 @@ def _train(
     task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments, args: TrainingArguments
 ) -> tuple[Path, int | None]:
     """The folder of the final model, and the signal that stopped the run before there was one."""
-    if args.use_cpu:  # DeepSpeed, where it is installed, would warn that it found no GPU
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     resume = check_output_dir(args)
     resume = None if resume is None else str(resumable(Path(resume), args))
     check_adapter(model_args.adapter, args, resume)

@@ -41,8 +41,6 @@ class Scored(NamedTuple):
     """The sum of the cross-entropies by their weights, over `denominator`; with a gradient."""
     nll_N: Tensor
     """fp32, in nats, at the masks in row order; without a gradient."""
-    weight_N: Tensor
-    """fp32, what each counts before the division."""
     noisy: Corrupted
     """The masked batch."""
     aux: Tensor | None
@@ -174,7 +172,7 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             targets=ids[masked],
             target_weights=weight_N / denominator,
         )
-        return Scored(output.loss, output.nll, weight_N, noisy, getattr(output, "aux_loss", None))
+        return Scored(output.loss, output.nll, noisy, getattr(output, "aux_loss", None))
 
     def compute_loss(
         self,
