@@ -10,6 +10,8 @@ times as fast there as torch's fused kernel (benchmarks/results/attention_cpu_20
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,24 @@ class PackedDocuments(NamedTuple):
     """int32 [documents + 1]: cumulative lengths over the flattened batch."""
     longest: int
     """No document is longer."""
+
+
+class AttentionPlan(ABC):
+    """Decides for a pass over packed tokens who sees whom, and where keys and values are kept. Given as the attention mask."""
+
+    @abstractmethod
+    def mix(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """One layer's attention.
+
+        Args:
+            module: the attention, as in `attend`.
+            query: [1, H, T, K], rotated.
+            key: [1, G, T, K], rotated.
+            value: [1, G, T, K].
+
+        Returns:
+            [1, T, H, K].
+        """
 
 
 def explicit_attention(
@@ -73,11 +93,13 @@ def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mas
         query: [B, H, L, K].
         key: [B, G, L, K].
         value: [B, G, L, K].
-        attention_mask: what `attention_bias` gave for this implementation.
+        attention_mask: what `attention_bias` gave for this implementation, or a plan.
 
     Returns:
         [B, L, H, K].
     """
+    if isinstance(attention_mask, AttentionPlan):
+        return attention_mask.mix(module, query, key, value)
     name = module.config._attn_implementation
     few_on_cpu = query.device.type == "cpu" and query.dtype == torch.bfloat16 and key.shape[2] <= EXPLICIT_CPU_POSITIONS
     if name == "sdpa" and few_on_cpu and torch.is_grad_enabled():  # of the forward alone, either may be the faster one
@@ -128,7 +150,7 @@ def document_starts(document_ids_BL: Tensor) -> Tensor:
 def attention_bias(
     config: PreTrainedConfig,
     embeddings_BLD: Tensor,
-    attention_mask_BL: Tensor | None,
+    attention_mask_BL: Tensor | AttentionPlan | None,
     document_ids_BL: Tensor | None = None,
 ) -> Any:
     """What the chosen kernel takes as its mask.
@@ -136,13 +158,15 @@ def attention_bias(
     Args:
         config: names the kernel.
         embeddings_BLD: gives sizes, dtype and device.
-        attention_mask_BL: non-zero at real positions, or None: then nothing is built and nothing is paid.
+        attention_mask_BL: non-zero at real positions, or None: then nothing is built and nothing is paid. A plan stays itself.
         document_ids_BL: int64; equal neighbours are one document, and positions see their own document alone.
 
     Returns:
         None where every position sees every position. On a CPU a mask without padding counts as None; elsewhere that is not
         looked up, because it would make the host wait for the device.
     """
+    if isinstance(attention_mask_BL, AttentionPlan):
+        return attention_mask_BL
     if document_ids_BL is None:
         if attention_mask_BL is None:
             return None
@@ -168,3 +192,42 @@ def attention_bias(
         attention_mask=None,
         and_mask_function=packed_sequence_mask_function(document_ids_BL),
     )
+
+
+class RaggedRows(AttentionPlan):
+    """Rows of any lengths, packed one after the other: each sees itself alone, and no position is spent on padding.
+
+    Only the product of queries and keys is padded, to the longest row; rows of one length are not even copied.
+
+    Args:
+        lengths: tokens of each row.
+        device: where the pass runs.
+        visible: bool [R, 1, longest or 1, longest], what a row's positions may see of it; all of it by default. Right padding is
+            hidden without it.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str, visible: Tensor | None = None) -> None:
+        self.lengths, self.longest = list(lengths), max(lengths)
+        self.visible = visible
+        self.even = all(length == self.longest for length in self.lengths)
+        if self.even:
+            return
+        length_R = torch.tensor(self.lengths)
+        start_R = length_R.cumsum(0) - length_R
+        place_L = torch.arange(self.longest)
+        real_RL = place_L < length_R[:, None]
+        self.source = (start_R[:, None] + place_L).clamp(max=int(length_R.sum()) - 1).to(device)
+        self.target = real_RL.flatten().nonzero()[:, 0].to(device)
+        hidden = real_RL[:, None, None].to(device)
+        self.visible = hidden if visible is None else hidden & visible
+        self.starts = nn.functional.pad(length_R.cumsum(0), (1, 0)).to(device, torch.int32)
+
+    def mix(self, module: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """See `AttentionPlan.mix`."""
+        if self.even:
+            query, key, value = (x[0].unflatten(1, (-1, self.longest)).transpose(0, 1) for x in (query, key, value))
+            return attend(module, query, key, value, self.visible).flatten(0, 1)[None]
+        if "flash" in module.config._attn_implementation:
+            return attend(module, query, key, value, PackedDocuments(self.starts, self.longest))
+        query, key, value = (x[0][:, self.source].transpose(0, 1) for x in (query, key, value))
+        return attend(module, query, key, value, self.visible).flatten(0, 1)[self.target][None]

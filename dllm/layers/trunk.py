@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dllm.layers.attention import attention_bias, document_starts
+from dllm.layers.attention import AttentionPlan, attention_bias, document_starts
 from dllm.layers.rope import rotary_tables
 
 
@@ -42,7 +42,7 @@ def encode(
     rotary_dim: int,
     rope_theta: float,
     input_ids: Tensor | None,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | AttentionPlan | None,
     position_ids: Tensor | None,
     document_ids: Tensor | None,
     inputs_embeds: Tensor | None,
@@ -58,7 +58,8 @@ def encode(
         rotary_dim: width of a head.
         rope_theta: of the rotary embedding.
         input_ids: int64 [B, L], or None with `inputs_embeds`.
-        attention_mask: [B, L], non-zero at real positions; None where there is no padding, and nothing is paid for it.
+        attention_mask: [B, L], non-zero at real positions; None where there is no padding, and nothing is paid for it; or a
+            plan for rows that are packed into one, with their `position_ids`.
         position_ids: int64 [B, L] or [1, L]; from 0 by default, and with documents from 0 in each. Positions are relative,
             so padding on the left needs none.
         document_ids: int64 [B, L]: equal neighbours are one document, and no position sees another document.
@@ -94,25 +95,40 @@ def encode(
     return Encoded(x_BLD, (*states, x_BLD) if wanted else None, tuple(routers))
 
 
+def states_at(hidden_BLD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The states of the positions that are asked for.
+
+    Args:
+        hidden_BLD: [B, L, D].
+        logits_to_keep: 0 for all positions; n for the last n; int64 [n] for those positions of every row; boolean [B, L]
+            for the N positions that are True, in row order.
+
+    Returns:
+        [B, L, D], [B, n, D], or [N, D] for a boolean mask.
+    """
+    if isinstance(logits_to_keep, Tensor):
+        if logits_to_keep.dtype != torch.bool and logits_to_keep.dim() != 1:
+            raise ValueError("logits_to_keep is a number, positions [n] that all rows share, or a boolean mask [B, L]")
+        return hidden_BLD[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden_BLD[:, logits_to_keep]
+    return hidden_BLD[:, -logits_to_keep:] if logits_to_keep else hidden_BLD
+
+
 def logits_at(head: nn.Module, hidden_BLD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The head, only where it is asked for.
 
     Args:
         head: a linear layer D -> V, or the embedding whose weight it shares.
         hidden_BLD: [B, L, D].
-        logits_to_keep: 0 for all positions; n for the last n; int64 [n] for those positions of every row; boolean [B, L]
-            for the N positions that are True, in row order.
+        logits_to_keep: see `states_at`.
 
     Returns:
         [B, L, V], [B, n, V], or [N, V] for a boolean mask.
     """
-    hidden = hidden_BLD
-    if isinstance(logits_to_keep, Tensor):
-        if logits_to_keep.dtype != torch.bool and logits_to_keep.dim() != 1:
-            raise ValueError("logits_to_keep is a number, positions [n] that all rows share, or a boolean mask [B, L]")
-        hidden = hidden[logits_to_keep] if logits_to_keep.dtype == torch.bool else hidden[:, logits_to_keep]
-    elif logits_to_keep:
-        hidden = hidden[:, -logits_to_keep:]
+    return apply_head(head, states_at(hidden_BLD, logits_to_keep))
+
+
+def apply_head(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of states [..., D]."""
     if isinstance(head, nn.Embedding):
         return nn.functional.linear(hidden, head.weight)
     # called as a module: quantised, adapted and sharded heads are more than a weight

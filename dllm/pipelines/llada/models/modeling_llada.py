@@ -16,11 +16,11 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 
-from dllm.layers.attention import rotary_attention
+from dllm.layers.attention import AttentionPlan, rotary_attention
 from dllm.layers.norm import RMSNorm
 from dllm.layers.trunk import encode
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
-from dllm.pipelines.llada.models.scoring import LLaDAOutput, score
+from dllm.pipelines.llada.models.scoring import LLaDAOutput, Readout, score
 
 
 class LLaDABlock(GradientCheckpointingLayer):
@@ -112,7 +112,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | AttentionPlan | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -123,7 +123,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
 
         Args:
             input_ids: see `dllm.layers.trunk.encode`, as the arguments below.
-            attention_mask: [B, L], non-zero at real positions; None where there is no padding.
+            attention_mask: [B, L], non-zero at real positions; None where there is no padding; or a plan.
             position_ids: int64 [B, L] or [1, L].
             document_ids: int64 [B, L]: several documents packed into a row see only themselves.
             inputs_embeds: [B, L, D] in place of `input_ids`.
@@ -167,13 +167,14 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | AttentionPlan | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
         target_weights: Tensor | None = None,
+        readout: Readout | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> LLaDAOutput:
@@ -188,6 +189,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             logits_to_keep: which positions: see `dllm.layers.trunk.logits_at`.
             targets: int64 [N], the clean tokens at a boolean mask's positions: asks for the loss in place of logits.
             target_weights: fp32 [N], what each counts in the loss; 1 by default.
+            readout: called as readout(head, states [N, D]) in place of the logits; what it gives is `output.readout`.
             output_hidden_states: see `LLaDAModel.forward`.
             return_dict: see `LLaDAModel.forward`.
 
@@ -203,7 +205,8 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             inputs_embeds=inputs_embeds,
             output_hidden_states=output_hidden_states,
         )
-        scores = score(self.get_output_embeddings(), output.last_hidden_state, logits_to_keep, targets, target_weights)
+        head, hidden = self.get_output_embeddings(), output.last_hidden_state
+        scores = score(head, hidden, logits_to_keep, targets, target_weights, readout)
         return LLaDAOutput(**scores, hidden_states=output.hidden_states)
 
 

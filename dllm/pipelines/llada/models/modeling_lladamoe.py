@@ -19,12 +19,12 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from dllm.layers.attention import rotary_attention
+from dllm.layers.attention import AttentionPlan, rotary_attention
 from dllm.layers.experts import Experts, TopKRouter, load_balancing_loss
 from dllm.layers.norm import RMSNorm
 from dllm.layers.trunk import encode
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
-from dllm.pipelines.llada.models.scoring import LLaDAOutput, score
+from dllm.pipelines.llada.models.scoring import LLaDAOutput, Readout, score
 
 
 @dataclass
@@ -145,7 +145,7 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | AttentionPlan | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
@@ -156,7 +156,7 @@ class LLaDAMoEModel(LLaDAMoEPreTrainedModel):
 
         Args:
             input_ids: see `dllm.layers.trunk.encode`, as the arguments below.
-            attention_mask: [B, L], non-zero at real positions; None where there is no padding.
+            attention_mask: [B, L], non-zero at real positions; None where there is no padding; or a plan.
             position_ids: int64 [B, L] or [1, L].
             document_ids: int64 [B, L]: several documents packed into a row see only themselves.
             inputs_embeds: [B, L, D] in place of `input_ids`.
@@ -200,13 +200,14 @@ class LLaDAMoEModelLM(LLaDAMoEPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | AttentionPlan | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         targets: Tensor | None = None,
         target_weights: Tensor | None = None,
+        readout: Readout | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
         return_dict: bool | None = None,
@@ -222,6 +223,7 @@ class LLaDAMoEModelLM(LLaDAMoEPreTrainedModel):
             logits_to_keep: which positions: see `dllm.layers.trunk.logits_at`.
             targets: see `LLaDAModelLM.forward`, as the next.
             target_weights: fp32 [N].
+            readout: see `LLaDAModelLM.forward`.
             output_hidden_states: see `LLaDAMoEModel.forward`.
             output_router_logits: also return every router's logits; the configuration's value by default.
             return_dict: see `LLaDAMoEModel.forward`.
@@ -237,9 +239,10 @@ class LLaDAMoEModelLM(LLaDAMoEPreTrainedModel):
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         aux = None
         if output.router_logits and (wanted or (self.training and self.config.router_aux_loss_coef)):
-            aux = load_balancing_loss(output.router_logits, self.config.num_experts_per_tok, attention_mask)
+            real = None if isinstance(attention_mask, AttentionPlan) else attention_mask
+            aux = load_balancing_loss(output.router_logits, self.config.num_experts_per_tok, real)
         return LLaDAMoEOutput(
-            **score(self.lm_head, output.last_hidden_state, logits_to_keep, targets, target_weights),
+            **score(self.lm_head, output.last_hidden_state, logits_to_keep, targets, target_weights, readout),
             hidden_states=output.hidden_states,
             router_logits=output.router_logits if wanted else None,
             aux_loss=aux,
