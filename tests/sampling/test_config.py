@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from dllm.errors import OptionError
-from dllm.sampling.config import ALIASES, SamplingConfig
+from dllm.sampling.config import (
+    ALIASES,
+    CACHE_OPTIONS,
+    POLICY_OPTIONS,
+    POLICY_REMASKING,
+    SCHEDULED,
+    CacheName,
+    PolicyName,
+    Remasking,
+    SamplingConfig,
+)
 
 
 def test_defaults_are_those_of_the_published_sampler() -> None:
@@ -21,6 +31,7 @@ def test_defaults_are_those_of_the_published_sampler() -> None:
         "low_confidence",
     )
     assert (config.steps, config.block_length) == (None, None)
+    assert (config.policy, config.cache) == ("fixed", "none")
     assert not config.suppress_eos
     assert not config.eos_last
 
@@ -79,7 +90,26 @@ def test_a_misspelt_option_names_the_nearest(wrong: str, right: str) -> None:
         ({"cfg_scale": -1.0}, r"cfg_scale=-1.0: it is 0 \(off\) or more, a finite number"),
         ({"cfg_scale": math.inf}, r"cfg_scale=inf: it is 0 \(off\) or more"),
         ({"remasking": "low_confidance"}, "remasking='low_confidance' does not exist. Did you mean 'low_confidence'"),
-        ({"remasking": None}, "remasking='?None'? does not exist. It can be one of: low_confidence, random"),
+        (
+            {"remasking": None},
+            "remasking=None does not exist. It can be one of: entropy, low_confidence, margin, random",
+        ),
+        ({"policy": "treshold"}, "policy='treshold' does not exist. Did you mean 'threshold'?"),
+        ({"policy": "zzz"}, "policy='zzz' does not exist. It can be one of: entropy_bound, factor, fixed, .*wino"),
+        ({"policy": []}, r"policy=\[\] does not exist"),
+        ({"cache": "duel"}, "cache='duel' does not exist. Did you mean 'dual'?"),
+        ({"cache": None}, "cache=None does not exist. Did you mean 'none'?"),
+        ({"policy": "threshold", "threshold": 1.1}, "threshold=1.1: it is a number from 0 to 1"),
+        ({"policy": "threshold", "threshold": True}, "threshold=True: it is a number from 0 to 1"),
+        ({"policy": "wino", "verify_threshold": -0.1}, "verify_threshold=-0.1: it is a number from 0 to 1"),
+        ({"policy": "hierarchical", "low_threshold": "a"}, "low_threshold='a': it is a number from 0 to 1"),
+        ({"policy": "remdm", "eta": 2}, "eta=2: it is a number from 0 to 1"),
+        ({"policy": "factor", "factor": math.nan}, "factor=nan: it is 0 or more, a finite number"),
+        ({"policy": "entropy_bound", "gamma": -1}, "gamma=-1: it is 0 or more, a finite number of nats"),
+        ({"policy": "klass", "kl_threshold": math.inf}, "kl_threshold=inf: it is 0 or more, a finite number of nats"),
+        ({"policy": "klass", "kl_steps": 1.5}, "kl_steps=1.5: it is a whole number, at least 1"),
+        ({"cache": "vicinity", "vicinity": 0}, "vicinity=0: it is a whole number, at least 1"),
+        ({"cache": "dual", "cache_refresh": 0}, "cache_refresh=0: it is a whole number, at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
@@ -106,6 +136,7 @@ def test_settings_are_frozen_and_keep_their_own_tokens() -> None:
         ("seed", None, "seed=None: it is a whole number"),
         ("suppress_eos", "no", "suppress_eos='no': it is True or False"),
         ("eos_last", 1, "eos_last=1: it is True or False"),
+        ("early_stop", None, "early_stop=None: it is True or False"),
     ],
 )
 def test_a_value_of_another_type_is_refused(name: str, value: Any, message: str) -> None:
@@ -115,3 +146,113 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any, message: str)
 
 def test_one_token_to_keep_needs_no_list() -> None:
     assert SamplingConfig(cfg_keep_tokens=5).cfg_keep_tokens == (5,)  # type: ignore[arg-type]
+
+
+# --- what belongs to which policy and cache
+
+EXAMPLES: dict[str, Any] = {
+    "threshold": 0.96,
+    "factor": 2.0,
+    "gamma": 0.5,
+    "kl_threshold": 0.01,
+    "kl_steps": 3,
+    "verify_threshold": 0.8,
+    "low_threshold": 0.4,
+    "eta": 0.2,
+    "vicinity": 4,
+    "cache_refresh": 2,
+}
+TABLES: dict[str, dict[Any, dict[str, Any]]] = {"policy": POLICY_OPTIONS, "cache": CACHE_OPTIONS}
+PAIRS = [
+    (chooser, chosen, name)
+    for chooser, table in TABLES.items()
+    for chosen in table
+    for name in EXAMPLES
+    if any(name in options for options in table.values())
+]
+
+
+def test_the_tables_name_what_there_is() -> None:
+    assert tuple(POLICY_OPTIONS) == tuple(POLICY_REMASKING) == get_args(PolicyName)
+    assert tuple(CACHE_OPTIONS) == get_args(CacheName)
+    assert {name for table in TABLES.values() for options in table.values() for name in options} == set(EXAMPLES)
+    fields = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
+    assert {fields[name] for name in EXAMPLES} == {None}
+
+
+@pytest.mark.parametrize(("chooser", "chosen", "name"), PAIRS)
+def test_an_option_goes_with_its_policy_or_cache_alone(chooser: str, chosen: str, name: str) -> None:
+    table, settings = TABLES[chooser], {chooser: chosen, name: EXAMPLES[name]}
+    if name in table[chosen]:
+        config = SamplingConfig(**settings)
+        filled_in = {"policy": config.policy_options, "cache": config.cache_options}[chooser]
+        assert filled_in == {**table[chosen], name: EXAMPLES[name]}
+        assert SamplingConfig.from_options(**settings) == config
+        return
+    takers = ", ".join(taker for taker, options in table.items() if name in options)
+    message = f"{name}={EXAMPLES[name]} does not belong to {chooser}='{chosen}': it goes with {chooser} {takers}. Leave"
+    with pytest.raises(OptionError, match=message):
+        SamplingConfig(**settings)
+    with pytest.raises(OptionError, match=message):
+        SamplingConfig.from_options(**settings)
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_defaults_of_a_policy_are_within_the_allowed_values(policy: Any) -> None:
+    defaults = SamplingConfig(policy=policy).policy_options
+    assert defaults == POLICY_OPTIONS[policy]
+    assert SamplingConfig(policy=policy, **defaults).policy_options == defaults
+
+
+def test_a_threshold_alone_chooses_the_policy() -> None:
+    assert SamplingConfig.from_options(threshold=0.8) == SamplingConfig(policy="threshold", threshold=0.8)
+    assert SamplingConfig.from_options(threshold=None) == SamplingConfig()
+    assert SamplingConfig.from_options(policy="wino", threshold=0.8).policy == "wino"
+    with pytest.raises(OptionError, match=r"threshold=0\.8 does not belong to policy='fixed'"):
+        SamplingConfig.from_options(policy="fixed", threshold=0.8)
+
+
+def test_a_threshold_of_zero_is_not_a_missing_one() -> None:
+    assert SamplingConfig.from_options(threshold=0).policy_options == {"threshold": 0}
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+def test_steps_go_with_a_schedule(policy: Any) -> None:
+    if policy in SCHEDULED:
+        assert SamplingConfig(policy=policy, steps=4).steps == 4
+        return
+    message = (
+        f"steps=4 does not belong to policy='{policy}', which decides by itself .*one of the policies fixed, remdm"
+    )
+    with pytest.raises(OptionError, match=message):
+        SamplingConfig(policy=policy, steps=4)
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+@pytest.mark.parametrize("remasking", get_args(Remasking))
+def test_a_policy_takes_the_measures_of_confidence_that_it_can_use(policy: Any, remasking: Any) -> None:
+    if remasking in POLICY_REMASKING[policy]:
+        assert SamplingConfig(policy=policy, remasking=remasking).remasking == remasking
+        return
+    message = f"remasking='{remasking}' does not belong to policy='{policy}', which takes low_confidence"
+    with pytest.raises(OptionError, match=message):
+        SamplingConfig(policy=policy, remasking=remasking)
+
+
+def test_the_lower_threshold_is_the_lower_one() -> None:
+    assert SamplingConfig(policy="hierarchical", low_threshold=0.92)
+    for settings in ({"low_threshold": 0.95}, {"threshold": 0.4}, {"low_threshold": 0.8, "threshold": 0.7}):
+        with pytest.raises(
+            OptionError, match=r"low_threshold=0\.\d+ is above threshold=0\.\d+: it is the lower of the two"
+        ):
+            SamplingConfig(policy="hierarchical", **settings)
+
+
+def test_a_changed_copy_is_checked_again() -> None:
+    config = SamplingConfig(policy="wino", threshold=0.5)
+    assert dataclasses.replace(config, verify_threshold=0.6).policy_options == {
+        "threshold": 0.5,
+        "verify_threshold": 0.6,
+    }
+    with pytest.raises(OptionError, match=r"threshold=0\.5 does not belong to policy='factor'"):
+        dataclasses.replace(config, policy="factor")
