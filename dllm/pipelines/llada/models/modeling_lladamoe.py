@@ -42,9 +42,10 @@ class LLaDAMoEAttention(nn.Module):
 
     is_causal = False
 
-    def __init__(self, config: LLaDAMoEConfig) -> None:
+    def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.config = config
+        self.layer_idx = layer_idx
         self.scaling = config.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
@@ -93,7 +94,7 @@ class LLaDAMoEBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LLaDAMoEConfig, layer_idx: int) -> None:
         super().__init__()
-        self.self_attn = LLaDAMoEAttention(config)
+        self.self_attn = LLaDAMoEAttention(config, layer_idx)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = (LLaDAMoESparseMLP if config.has_experts(layer_idx) else LLaDAMoEDenseMLP)(config)
