@@ -1,0 +1,148 @@
+"""Caches without buffers: one row, one dict a layer from position to (key, value), and the rules in words of sets.
+
+Shapes: P positions that are computed, D width, G key/value heads, K head width.
+
+The forward is written out over the model's own public tensors. Norms and rotations are in fp32, as the models define them, and by
+the same formula, so that a run in fp64 differs by the rounding of fp64 alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from reference.models import mixture
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+Kept = dict[int, dict[int, tuple[Tensor, Tensor]]]
+"""layer -> position -> (key [G, K], value [G, K]); empty before a row's first pass."""
+
+
+def positions(
+    rule: str,
+    *,
+    length: int,
+    block: Collection[int],
+    open_places: Collection[int],
+    just_committed: Collection[int],
+    block_step: int,
+    vicinity: int = 16,
+    cache_refresh: int | None = None,
+) -> list[int]:
+    """What a rule computes at one step of one row; `block_step` 0 is the block's first."""
+    everything = list(range(length))
+    if not block:
+        return []
+    if rule == "delayed" and cache_refresh is None:
+        cache_refresh = 8
+    if rule == "none" or block_step == 0 or (cache_refresh and block_step % cache_refresh == 0):
+        return everything
+    if rule == "prefix":
+        return [i for i in everything if i >= min(block)]
+    if rule == "dual":
+        return sorted(block)
+    if rule == "vicinity":
+        return [i for i in everything if any(abs(i - place) <= vicinity for place in block)]
+    assert rule == "delayed"
+    return sorted({*open_places, *just_committed})
+
+
+def dense_states(tensors: Mapping[str, Tensor], config: Any, ids: list[int], computed: list[int], kept: Kept) -> Tensor:
+    """[P, D] after the last norm, of a dense model; keys and values of `computed` are put into `kept`."""
+    x = tensors["model.transformer.wte.weight"][torch.tensor(ids)[computed]]
+    for i in range(config.n_layers):
+        block = {name.split(f"blocks.{i}.")[1]: t for name, t in tensors.items() if f"blocks.{i}." in name}
+        h = rms_norm(x, block["attn_norm.weight"], config.rms_norm_eps)
+        q, k, v = (linear(h, block[f"{name}_proj.weight"]) for name in "qkv")
+        q, k, v = (y.view(len(computed), -1, config.head_dim) for y in (q, k, v))
+        mixed = attended(q, k, v, computed, kept.setdefault(i, {}), config.rope_theta)
+        x = x + linear(mixed, block["attn_out.weight"])
+        h = rms_norm(x, block["ff_norm.weight"], config.rms_norm_eps)
+        gated = silu(linear(h, block["ff_proj.weight"])) * linear(h, block["up_proj.weight"])
+        x = x + linear(gated, block["ff_out.weight"])
+    return rms_norm(x, tensors["model.transformer.ln_f.weight"], config.rms_norm_eps)
+
+
+def moe_states(tensors: Mapping[str, Tensor], config: Any, ids: list[int], computed: list[int], kept: Kept) -> Tensor:
+    """[P, D] after the last norm, of a mixture of experts; `tensors` has the experts one by one."""
+    x = tensors["model.embed_tokens.weight"][torch.tensor(ids)[computed]]
+    for i in range(config.num_hidden_layers):
+        layer = {name.split(f"layers.{i}.")[1]: t for name, t in tensors.items() if f"layers.{i}." in name}
+        h = rms_norm(x, layer["input_layernorm.weight"], config.rms_norm_eps)
+        q, k, v = (linear(h, layer[f"self_attn.{name}_proj.weight"]) for name in "qkv")
+        q, k, v = (y.view(len(computed), -1, config.head_dim) for y in (q, k, v))
+        if config.qk_layernorm:
+            q = rms_norm(q, layer["self_attn.q_norm.weight"], config.rms_norm_eps)
+            k = rms_norm(k, layer["self_attn.k_norm.weight"], config.rms_norm_eps)
+        mixed = attended(q, k, v, computed, kept.setdefault(i, {}), config.rope_theta)
+        x = x + linear(mixed, layer["self_attn.o_proj.weight"])
+        h = rms_norm(x, layer["post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = x + mixture(h, layer, config)
+    return rms_norm(x, tensors["model.norm.weight"], config.rms_norm_eps)
+
+
+def attended(
+    q_PHK: Tensor,
+    k_PGK: Tensor,
+    v_PGK: Tensor,
+    computed: list[int],
+    kept: dict[int, tuple[Tensor, Tensor]],
+    theta: float,
+) -> Tensor:
+    """[P, H * K]: what was computed replaces what was kept; then every query sees every position, one head at a time."""
+    q_PHK, k_PGK = rotated(q_PHK, computed, theta), rotated(k_PGK, computed, theta)
+    for place, key, value in zip(computed, k_PGK, v_PGK, strict=True):
+        kept[place] = (key, value)
+    H, K = q_PHK.shape[1:]
+    share = H // k_PGK.shape[1]
+    out = torch.empty_like(q_PHK)
+    for head in range(H):
+        keys = torch.stack([key[head // share] for key, _ in kept.values()])
+        values = torch.stack([value[head // share] for _, value in kept.values()])
+        out[:, head] = torch.softmax(q_PHK[:, head] @ keys.T / K**0.5, dim=-1) @ values
+    return out.flatten(1)
+
+
+def rotated(x_PHK: Tensor, places: list[int], theta: float) -> Tensor:
+    """Each pair (i, i + K/2) turned by position * theta^(-2i/K), in fp32."""
+    K = x_PHK.shape[-1]
+    frequency = 1.0 / theta ** (torch.arange(0, K, 2, dtype=torch.float32) / K)
+    angle_P1k = torch.tensor(places, dtype=torch.float32)[:, None, None] * frequency
+    first, second = x_PHK.float().chunk(2, dim=-1)
+    turned = (
+        first * angle_P1k.cos() - second * angle_P1k.sin(),
+        second * angle_P1k.cos() + first * angle_P1k.sin(),
+    )
+    return torch.cat(turned, dim=-1).to(x_PHK.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x over its root mean square, in fp32."""
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def states_of(model: Any) -> Callable[[list[int], list[int], Kept], Tensor]:
+    """The forward of a model, from (ids of the whole row, what is computed, what is kept) to states [P, D]."""
+    tensors = public_tensors(model)
+    forward = moe_states if hasattr(model.config, "num_experts") else dense_states
+    return lambda ids, computed, kept: forward(tensors, model.config, ids, computed, kept)
+
+
+def public_tensors(model: Any) -> dict[str, Tensor]:
+    """The tensors of a model by their public names: a mixture's experts one by one."""
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        stem, _, last = name.rpartition(".experts.")
+        if last == "gate_up_proj":
+            for expert, both in enumerate(tensor):
+                gate, up = both.chunk(2)
+                tensors[f"{stem}.experts.{expert}.gate_proj.weight"] = gate
+                tensors[f"{stem}.experts.{expert}.up_proj.weight"] = up
+        elif last == "down_proj":
+            tensors |= {f"{stem}.experts.{expert}.down_proj.weight": part for expert, part in enumerate(tensor)}
+        else:
+            tensors[name] = tensor
+    return tensors
