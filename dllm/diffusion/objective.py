@@ -38,6 +38,19 @@ LEAST_ROWS = 256
 """Rows of a chunk at least, however large the vocabulary: fewer would starve the matrix products."""
 
 
+def is_plain(head: nn.Module) -> bool:
+    """Whether a head is nothing but its weight [V, D]: not quantised, adapted, sharded, hooked, or empty until it is called."""
+    weight = getattr(head, "weight", None)
+    return (
+        type(head) in (nn.Linear, nn.Embedding)
+        and getattr(head, "bias", None) is None
+        and isinstance(weight, Tensor)
+        and type(weight) in (Tensor, nn.Parameter)
+        and weight.dim() == 2  # dim 1: divided by ZeRO-3; meta: offloaded
+        and weight.device.type != "meta"
+    )
+
+
 class HeadLoss(NamedTuple):
     """What the masked positions of a forward cost."""
 
@@ -82,12 +95,7 @@ def head_loss(head: nn.Module, hidden_ND: Tensor, targets_N: Tensor, weights_N: 
         softmax is fp32 all the same.
     """
     weight = getattr(head, "weight", None)
-    plain = (
-        type(head) in (nn.Linear, nn.Embedding)
-        and getattr(head, "bias", None) is None
-        and type(weight) in (Tensor, nn.Parameter)
-    )
-    if plain:
+    if is_plain(head):
         device = hidden_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_ND.dtype
         with torch.autocast(device, enabled=False):  # what is to be in `dtype` is cast by hand

@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from reference.sampler import Logits
-from torch import Tensor
+from torch import Tensor, nn
 
 from dllm.diffusion.noise import keyed_bits, keyed_uniform
+from dllm.sampling.network import Network, Pass
+from dllm.sampling.proposals import Proposals
 
 
 @dataclass
@@ -43,6 +45,29 @@ class FlatPredictor:
     def __call__(self, ids_RL: Tensor, attention_mask_RL: Tensor | None, wanted_RL: Tensor) -> Tensor:
         row_V = ((torch.arange(self.vocabulary) + 2) % 4).float()
         return row_V.expand(int(wanted_RL.sum()), -1)
+
+
+def as_network(predict: Callable[[Tensor, Tensor | None, Tensor], Tensor], branches: int = 1) -> Network:
+    """A function of whole rows as the loop's network: what is packed is laid side by side again, branch after branch."""
+
+    def network(work: Pass, readout: Callable[[nn.Module, Tensor], Proposals]) -> Proposals:
+        longest, total = max(work.tokens_P), sum(work.tokens_P)
+        rows = [row for branch in range(branches) for row in range(branch, len(work.tokens_P), branches)]
+        starts = [sum(work.tokens_P[:row]) for row in range(len(work.tokens_P))]
+        wanted_T = torch.zeros(total, dtype=torch.bool, device=work.ids_T.device)
+        wanted_T[work.wanted_M] = True
+        ids, mask, wanted = (
+            torch.zeros(len(rows), longest, dtype=torch.int64, device=work.ids_T.device) for _ in "123"
+        )
+        for place, row in enumerate(rows):
+            here = slice(starts[row], starts[row] + work.tokens_P[row])
+            assert work.position_T[here].tolist() == list(range(work.tokens_P[row]))
+            ids[place, : work.tokens_P[row]], wanted[place, : work.tokens_P[row]] = work.ids_T[here], wanted_T[here]
+            mask[place, : work.tokens_P[row]] = 1
+        even = bool(mask.all())
+        return readout(nn.Identity(), predict(ids, None if even else mask.bool(), wanted.bool()))
+
+    return network
 
 
 def one_row(predict: Callable[[Tensor, Tensor | None, Tensor], Tensor]) -> Logits:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.predictor import FlatPredictor, HashPredictor, one_row
+from reference.predictor import FlatPredictor, HashPredictor, as_network, one_row
 from reference.sampler import Written, sample_row, shares
 from torch import Tensor
 
@@ -18,9 +19,13 @@ from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.loop import Denoised, denoise
+from dllm.sampling.rows import SpecialTokens
 
 V, MASK, EOS, EOT = 10, 9, 8, 7
+whole = partial(SamplingConfig, early_stop=False)
+"""Settings with which every mask is filled."""
 ids = {"mask_token_id": MASK, "eos_token_ids": [EOS], "end_token_ids": [EOS, EOT]}
+TOKENS = SpecialTokens(MASK, (EOS,), (EOS, EOT))
 seeds = st.integers(-(1 << 63), (1 << 63) - 1)
 
 tokens = st.integers(0, V - 1)
@@ -38,6 +43,7 @@ configs = st.builds(
     suppress_eos=st.booleans(),
     eos_last=st.booleans(),
     seed=seeds,
+    early_stop=st.just(False),
 )
 
 
@@ -54,7 +60,8 @@ def enough_steps(rows: list[list[int]], config: SamplingConfig) -> SamplingConfi
 
 
 def run(predict: Any, rows: list[list[int]], config: SamplingConfig, **options: Any) -> Denoised:
-    done = denoise(predict, [torch.tensor(row, dtype=torch.int64) for row in rows], config, **ids, **options)
+    network = as_network(predict, 2 if config.cfg_scale > 0 else 1)
+    done = denoise(network, [torch.tensor(row, dtype=torch.int64) for row in rows], config, TOKENS, **options)
     assert all(canvas.dtype == torch.int64 and canvas.dim() == 1 for canvas in done.canvases)
     return done
 
@@ -189,7 +196,7 @@ def test_steps_are_shared_over_blocks_and_masks_over_steps(masks: int, steps: in
     blocks = [min(block_length, masks - start) for start in range(0, masks, block_length)]
     steps = max(steps, len(blocks))
     predict = HashPredictor(V - 1)  # it cannot propose the mask
-    done = run(predict, [[1] + [MASK] * masks], SamplingConfig(steps=steps, block_length=block_length), trace=True)
+    done = run(predict, [[1] + [MASK] * masks], whole(steps=steps, block_length=block_length), trace=True)
     assert done.trace is not None
     expected = []
     for size, share in zip(blocks, shares(steps, len(blocks)) if blocks else [], strict=True):
@@ -204,15 +211,15 @@ def test_steps_are_shared_over_blocks_and_masks_over_steps(masks: int, steps: in
 
 def test_a_longer_row_without_masks_is_not_in_the_way() -> None:
     predict = HashPredictor(V - 1)
-    done = run(predict, [[1, MASK, MASK], [2] * 9, [MASK]], SamplingConfig())
+    done = run(predict, [[1, MASK, MASK], [2] * 9, [MASK]], whole())
     assert done.canvases[1].tolist() == [2] * 9
-    assert lists(done.canvases)[0] == lists(run(predict, [[1, MASK, MASK]], SamplingConfig()).canvases)[0]
+    assert lists(done.canvases)[0] == lists(run(predict, [[1, MASK, MASK]], whole()).canvases)[0]
     assert [shown.shape[1] for shown, _, _ in predict.shown[:2]] == [3, 3]
 
 
 def test_by_default_every_token_has_a_step() -> None:
     for block_length in (None, 1, 3):
-        done = run(HashPredictor(V - 1), [[1] + [MASK] * 7], SamplingConfig(block_length=block_length))
+        done = run(HashPredictor(V - 1), [[1] + [MASK] * 7], whole(block_length=block_length))
         assert (done.nfe, done.steps) == (7, [7])
 
 
@@ -220,11 +227,12 @@ def test_by_default_every_token_has_a_step() -> None:
 def test_the_unconditional_branch_sees_no_given_token_but_those_that_are_kept(cfg_keep_tokens: tuple[int, ...]) -> None:
     predict = HashPredictor(V - 1)
     rows = [[3, 1, MASK, MASK, 2], [3, MASK]]
-    run(predict, rows, SamplingConfig(cfg_scale=1.0, cfg_keep_tokens=cfg_keep_tokens))
+    run(predict, rows, whole(cfg_scale=1.0, cfg_keep_tokens=cfg_keep_tokens))
     kept = 3 if cfg_keep_tokens else MASK
     conditional, unconditional = predict.shown[0][0].chunk(2)
     assert conditional[0].tolist() == rows[0]
-    assert unconditional.tolist() == [[kept, MASK, MASK, MASK, MASK], [kept, MASK, MASK, MASK, MASK]]
+    assert unconditional[0].tolist() == [kept, MASK, MASK, MASK, MASK]
+    assert unconditional[1, :2].tolist() == [kept, MASK]
     conditional, unconditional = predict.shown[1][0].chunk(2)
     written = (conditional != torch.tensor(rows[0])) & (conditional != MASK)
     assert written.sum() == 1
@@ -235,10 +243,10 @@ def test_suppressed_end_tokens_are_never_written_and_late_ones_come_last() -> No
     rows = [[1] + [MASK] * 40]
     for network in range(5):
         predict = HashPredictor(V - 1, network)
-        free = run(predict, rows, SamplingConfig(temperature=1.0)).canvases[0]
+        free = run(predict, rows, whole(temperature=1.0)).canvases[0]
         assert (free == EOS).any()
-        assert not (run(predict, rows, SamplingConfig(temperature=1.0, suppress_eos=True)).canvases[0] == EOS).any()
-        first = run(predict, rows, SamplingConfig(steps=2, eos_last=True), trace=True)
+        assert not (run(predict, rows, whole(temperature=1.0, suppress_eos=True)).canvases[0] == EOS).any()
+        first = run(predict, rows, whole(steps=2, eos_last=True), trace=True)
         assert first.trace is not None
         ends = [int(((event.token == EOS) | (event.token == EOT)).sum()) for event in first.trace.events]
         assert ends[0] == 0
@@ -251,35 +259,35 @@ def test_fewer_steps_than_blocks_is_an_error_that_says_what_to_do() -> None:
     )
     predict = HashPredictor(V)
     with pytest.raises(OptionError, match=message):
-        run(predict, [[1, MASK], [MASK] * 9], SamplingConfig(steps=2, block_length=4))
+        run(predict, [[1, MASK], [MASK] * 9], whole(steps=2, block_length=4))
     assert not predict.shown
-    run(predict, [[1, MASK], [MASK] * 9], SamplingConfig(steps=3, block_length=4))
+    run(predict, [[1, MASK], [MASK] * 9], whole(steps=3, block_length=4))
 
 
 def test_requests_and_masks_that_do_not_fit_are_refused() -> None:
     for requests in ([1], [1, 2, 3]):
         with pytest.raises(OptionError, match=rf"requests has {len(requests)} numbers for 2 rows: give one a row"):
-            run(HashPredictor(V), [[MASK], [MASK]], SamplingConfig(), requests=requests)
+            run(HashPredictor(V), [[MASK], [MASK]], whole(), requests=requests)
     for sizes in ([2], [2, 2]):
         places = [torch.ones(size, dtype=torch.bool) for size in sizes]
         with pytest.raises(OptionError, match=r"masked has rows of \[2.*\] positions for canvases of \[3, 2\]"):
-            run(HashPredictor(V), [[1, 2, MASK], [MASK, 1]], SamplingConfig(), masked=places)
+            run(HashPredictor(V), [[1, 2, MASK], [MASK, 1]], whole(), masked=places)
 
 
 def test_nothing_to_do_costs_no_forward() -> None:
     for rows in ([], [[1, 2]], [[]], [[], [1]]):
         predict = HashPredictor(V)
-        done = run(predict, rows, SamplingConfig(steps=3, block_length=2), trace=True)
+        done = run(predict, rows, whole(steps=3, block_length=2), trace=True)
         assert (lists(done.canvases), done.nfe, done.steps) == (rows, 0, [0] * len(rows))
         assert not predict.shown
         assert done.trace is not None
         assert done.trace.events == []
-    assert run(HashPredictor(V), [[1]], SamplingConfig()).trace is None
+    assert run(HashPredictor(V), [[1]], whole()).trace is None
 
 
 def test_what_comes_back_can_be_changed_and_trained_on() -> None:
     start = torch.tensor([1, MASK, MASK])
-    done = denoise(HashPredictor(V), [start], SamplingConfig(), **ids, trace=True)
+    done = denoise(as_network(HashPredictor(V)), [start], whole(), TOKENS, trace=True)
     assert start.tolist() == [1, MASK, MASK]
     table = torch.nn.Embedding(V, 2)
     table(done.canvases[0]).sum().backward()
@@ -318,7 +326,7 @@ def test_a_real_network_equals_the_slow_sampler_too(options: dict[str, Any]) -> 
         [MASK] * 7,
         [0, MASK, 2, MASK, MASK, 5, 6, MASK, 1, 1, 1, 1, 1, 2],
     ]
-    config = SamplingConfig(**options)
+    config = whole(**options)
     done = run(predict, rows, config)
     expected = slowly(predict, rows, config, [0, 1, 2, 3])
     assert lists(done.canvases) == [row.ids for row in expected]
@@ -329,7 +337,7 @@ def test_a_real_network_equals_the_slow_sampler_too(options: dict[str, Any]) -> 
 @pytest.mark.parametrize("options", [{}, {"cfg_scale": 1.0, "steps": 6}, {"temperature": 0.8, "remasking": "random"}])
 def test_a_gpu_writes_the_same_tokens(options: dict[str, Any]) -> None:
     rows = [[1, 2] + [MASK] * 20, [MASK] * 9, [3, MASK, 4, MASK, MASK]]
-    config = SamplingConfig(block_length=5, **options)
+    config = whole(block_length=5, **options)
     done = run(HashPredictor(V, 6), rows, config, device="cuda", trace=True)
     assert lists(done.canvases) == lists(run(HashPredictor(V, 6), rows, config).canvases)
     assert all(canvas.device.type == "cpu" for canvas in done.canvases)

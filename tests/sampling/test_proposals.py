@@ -14,7 +14,8 @@ from reference.sampler import RANK, TOKEN, guided, softmax
 from torch import Tensor
 
 from dllm.diffusion.noise import keyed_uniform
-from dllm.sampling.proposals import Keys, chance, guide, propose
+from dllm.sampling.proposals import Keys, Proposals, Question, _columns, _reduce, chance, guide
+from dllm.sampling.proposals import propose as propose_at
 
 int64s = st.integers(-(1 << 63), (1 << 63) - 1)
 temperatures = st.sampled_from([0.0, 0.2, 1.0, 3.0])
@@ -26,15 +27,38 @@ def some_logits(seed: int, rows: int = 6, vocabulary: int = 7) -> Tensor:
 
 
 def keys_of(seed: int, rows: int, request: int = 0, step: int = 0) -> Keys:
-    return Keys(seed, torch.full((rows,), request), torch.arange(rows), torch.full((rows,), step))
+    return Keys(torch.full((rows,), seed), torch.full((rows,), request), torch.arange(rows), torch.full((rows,), step))
 
 
-@given(int64s, int64s, st.integers(0, 1000), temperatures, vetoes)
-def test_equals_the_slow_one_token_by_token(
-    seed: int, request: int, step: int, temperature: float, never: tuple[int, ...]
+def some_of(keys: Keys, some: list[int]) -> Keys:
+    return Keys(*(key[some] for key in keys))
+
+
+def ask(logits: Tensor, temperature: float, never: tuple[int, ...], keys: Keys, columns: int = 0) -> Proposals:
+    """Logits as the states of a head that changes nothing; through chunks of so many columns."""
+    temperatures = torch.full((len(logits),), temperature, dtype=torch.float64) if temperature > 0 else None
+    question = Question(keys, never, temperatures, needs=frozenset({"second", "entropy"}))
+    if not columns:
+        return propose_at(torch.nn.Identity(), logits, question)
+    head = torch.nn.Linear(logits.shape[1], logits.shape[1], bias=False)
+    torch.nn.init.eye_(head.weight)
+    with torch.no_grad():
+        return _reduce(_columns(head.to(logits.dtype), logits, columns), question)
+
+
+def propose(
+    logits: Tensor, temperature: float, never: tuple[int, ...], keys: Keys, columns: int = 0
+) -> tuple[Tensor, Tensor]:
+    return ask(logits, temperature, never, keys, columns)[:2]
+
+
+@given(int64s, int64s, st.integers(0, 1000), temperatures, vetoes, st.integers(0, 8))
+def test_equals_the_slow_one_token_by_token_in_chunks_of_any_width(
+    seed: int, request: int, step: int, temperature: float, never: tuple[int, ...], columns: int
 ) -> None:
     logits = some_logits(seed)
-    tokens, probabilities = propose(logits, temperature, never, keys_of(seed, 6, request, step))
+    found = ask(logits, temperature, never, keys_of(seed, 6, request, step), columns)
+    tokens, probabilities = found[:2]
     for place, row in enumerate(logits.tolist()):
         row = [-math.inf if token in never else value for token, value in enumerate(row)]
         noised = row
@@ -44,7 +68,13 @@ def test_equals_the_slow_one_token_by_token(
                 for token, value in enumerate(row)
             ]
         assert tokens[place] == noised.index(max(noised))
-        assert probabilities[place].item() == pytest.approx(softmax(row)[int(tokens[place])], rel=1e-5)
+        p = softmax(row)
+        assert probabilities[place].item() == pytest.approx(p[int(tokens[place])], rel=1e-5)
+        assert found.best_N[place].item() == pytest.approx(max(p), rel=1e-5)
+        assert found.second_N is not None
+        assert found.second_N[place].item() == pytest.approx(sorted(p)[-2], rel=1e-5)
+        assert found.entropy_N is not None
+        assert found.entropy_N[place].item() == pytest.approx(-sum(x * math.log(x) for x in p if x), abs=1e-5)
 
 
 @given(int64s, temperatures, vetoes, st.randoms())
@@ -54,10 +84,10 @@ def test_a_candidate_depends_on_its_own_logits_and_key(
     logits, keys = some_logits(seed), keys_of(seed, 6, request=4, step=2)
     whole = propose(logits, temperature, never, keys)
     some = random.sample(range(6), random.randint(1, 6))
-    part = propose(logits[some], temperature, never, Keys(seed, *(key[some] for key in keys[1:])))
+    part = propose(logits[some], temperature, never, some_of(keys, some))
     assert torch.equal(part[0], whole[0][some])
     torch.testing.assert_close(part[1], whole[1][some], rtol=1e-6, atol=0)
-    assert torch.equal(chance(Keys(seed, *(key[some] for key in keys[1:]))), chance(keys)[some])
+    assert torch.equal(chance(some_of(keys, some)), chance(keys)[some])
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -90,7 +120,7 @@ def test_at_temperature_zero_no_key_matters_and_the_first_of_equals_is_taken() -
 def test_noise_differs_in_every_part_of_the_key(part: str) -> None:
     logits = torch.zeros(64, 11)
     base: dict[str, Any] = {
-        "seed": 1,
+        "seed": torch.full((64,), 1),
         "request": torch.arange(64),
         "position": torch.arange(64),
         "step": torch.arange(64),

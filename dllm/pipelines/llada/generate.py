@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm.engine.caching import caching
 from dllm.errors import CheckpointError, OptionError
 from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
+from dllm.sampling.network import Network, Pass
+from dllm.sampling.proposals import Proposals
+from dllm.sampling.rows import SpecialTokens
 from dllm.sampling.trace import StepEvent, Trace
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
@@ -35,6 +39,8 @@ class SamplingResult:
     """Masks that were filled in each row."""
     trace: Trace | None = None
     """Every step, if it was asked for."""
+    exact: bool = True
+    """Whether every step computed everything; a cache is an approximation, see docs/sampling.md."""
 
     @property
     def tokens_per_forward(self) -> float:
@@ -94,7 +100,7 @@ def generate(
             answer = sequence[len(prompt) :].tolist()
             stop = next((place for place, token in enumerate(answer) if token in ends), len(answer))
             texts.append(tokenizer.decode(answer[:stop], skip_special_tokens=True))
-    return SamplingResult(result.sequences, texts, result.nfe, result.steps, result.new_tokens, result.trace)
+    return replace(result, texts=texts)
 
 
 def infilling(
@@ -124,10 +130,10 @@ def infilling(
     Raises:
         OptionError: an unknown option, a value out of range, `gen_length`, or an input longer than the model's context.
     """
-    lengths = [name for name in options if ALIASES.get(name, name) == "gen_length"]
-    if lengths:
-        raise OptionError(f"infilling takes no {lengths[0]}: it writes where the masks of its inputs stand.")
-    config = SamplingConfig.from_options(**options)
+    for name in options:
+        if ALIASES.get(name, name) in ("gen_length", "early_stop"):
+            raise OptionError(f"infilling takes no {name}: it writes where the masks of its inputs stand, all of them.")
+    config = SamplingConfig.from_options(**options, early_stop=False)
     mask_token_id = _mask_token_id(model, tokenizer)
     canvases = [encode_prompt(tokenizer, item) for item in _one_a_row(inputs)]
     for row, canvas in enumerate(canvases):
@@ -138,7 +144,7 @@ def infilling(
     texts = (
         [] if tokenizer is None else [tokenizer.decode(x.tolist(), skip_special_tokens=True) for x in result.sequences]
     )
-    return SamplingResult(result.sequences, texts, result.nfe, result.steps, result.new_tokens, result.trace)
+    return replace(result, texts=texts)
 
 
 def generation_config(**options: Any) -> SamplingConfig:
@@ -198,29 +204,59 @@ def _run(
     requests: Sequence[int] | None,
 ) -> SamplingResult:
     """The loop with LLaDA's ids, and the model in evaluation mode while it runs."""
-
-    def predict(ids: Tensor, attention_mask: Tensor | None, wanted: Tensor) -> Tensor:
-        return model(input_ids=ids, attention_mask=attention_mask, logits_to_keep=wanted).logits
-
+    tokens, reuse = special_tokens(model, tokenizer), caching(config, model)
     was_training = model.training
     model.eval()
     try:
         done = denoise(
-            predict,
+            network_of(model),
             canvases,
             config,
-            mask_token_id=_mask_token_id(model, tokenizer),
-            eos_token_ids=_eos_token_ids(model),
-            end_token_ids=_end_token_ids(model, tokenizer),
+            tokens,
             masked=masked,
             requests=requests,
             device=model.device,
+            reuse=reuse,
             trace=trace,
             on_step=on_step,
         )
     finally:
         model.train(was_training)
-    return SamplingResult(done.canvases, [], done.nfe, done.steps, [int(m.sum()) for m in masked], done.trace)
+    return SamplingResult(
+        done.canvases,
+        [],
+        done.nfe,
+        done.steps,
+        [int(m.sum()) for m in masked],
+        done.trace,
+        exact=reuse is None or reuse.exact,
+    )
+
+
+def network_of(model: PreTrainedModel) -> Network:
+    """The model as the loop sees it."""
+
+    def network(work: Pass, readout: Callable[[nn.Module, Tensor], Proposals]) -> Proposals:
+        output = model(
+            input_ids=work.ids_T[None],
+            position_ids=work.position_T[None],
+            attention_mask=work.plan,
+            logits_to_keep=work.wanted_M,
+            readout=readout,
+        )
+        return output.readout
+
+    return network
+
+
+def special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> SpecialTokens:
+    """The ids that the loop has to know.
+
+    Raises:
+        CheckpointError: model and tokenizer do not agree which token is the mask, or have none.
+    """
+    ends = _end_token_ids(model, tokenizer)
+    return SpecialTokens(_mask_token_id(model, tokenizer), tuple(_eos_token_ids(model)), tuple(ends))
 
 
 def _mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:

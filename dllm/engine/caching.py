@@ -1,0 +1,58 @@
+"""A cache at work: its rule, and the buffers that it reads and writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dllm.engine.buffers import KeyValues
+from dllm.engine.cached_rows import CachedRows
+from dllm.engine.caches import Cache, RowsState, chosen
+from dllm.layers.attention import AttentionPlan
+from dllm.sampling.config import SamplingConfig
+from dllm.sampling.network import Reuse
+from dllm.sampling.rows import Rows
+
+
+class Caching(Reuse):
+    """What `dllm.sampling.batch.Batch` takes over from earlier steps.
+
+    Args:
+        cache: the rule.
+        buffers: of the model, used by this alone.
+    """
+
+    def __init__(self, cache: Cache, buffers: KeyValues) -> None:
+        self.rule, self.exact, self.buffers = cache.compute, cache.exact, buffers
+
+    def compute(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor) -> Tensor:
+        """See `Reuse.compute`."""
+        return self.rule(
+            RowsState(
+                fresh_R=rows.block_step_R == 0,
+                place_RW=place_RW,
+                valid_RW=valid_RW,
+                open_RL=rows.open_RL,
+                just_committed_RL=rows.changed_RL,
+                block_step_R=rows.block_step_R,
+                length_R=rows.length_R,
+            )
+        )
+
+    def plan(self, row_T: Tensor, position_T: Tensor, tokens_P: list[int], lengths_P: list[int]) -> AttentionPlan:
+        """See `Reuse.plan`."""
+        return CachedRows(self.buffers, row_T, position_T, tokens_P, lengths_P)
+
+    def admit(self, rows: int, positions: int) -> None:
+        """See `Reuse.admit`."""
+        self.buffers.reserve(rows, positions)
+
+    def keep(self, index_P: list[int]) -> None:
+        """See `Reuse.keep`."""
+        self.buffers.keep(index_P)
+
+
+def caching(config: SamplingConfig, model: Any) -> Caching | None:
+    """The cache that the settings ask for, with empty buffers; None where everything is computed."""
+    return None if config.cache == "none" else Caching(chosen(config), KeyValues.of(model))

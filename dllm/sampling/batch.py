@@ -1,0 +1,366 @@
+"""Rows that take their denoising steps together: where tokens are proposed, chosen and committed.
+
+Shapes: R rows, P rows of a pass (twice R with guidance), L positions of the longest, T tokens of a pass, W places of the
+widest current block, M places with masks of the row with the most, N positions that are asked for.
+
+A step is one forward of all rows, packed one after the other; the head runs at the masks of the current blocks alone; a
+policy says which candidates are committed. Every row has its own block and its own step, and its noise is keyed by itself,
+so its tokens do not depend on its company, and rows join and leave between any two steps.
+
+Source: LLaDA, arXiv:2502.09992, Algorithms 4 and 5 and the published sampler.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.layers.attention import AttentionPlan, RaggedRows
+from dllm.sampling.config import SamplingConfig
+from dllm.sampling.network import Network, Pass, Reuse
+from dllm.sampling.policies import POLICIES
+from dllm.sampling.proposals import Keys, Proposals, Question, chance, propose
+from dllm.sampling.rows import Request, Rows, SpecialTokens, block_width, rows_of, scheduled
+from dllm.sampling.statistics import Statistics
+from dllm.sampling.trace import StepEvent
+
+
+class Finished(NamedTuple):
+    """A row that has left its batch."""
+
+    name: Hashable
+    canvas: Tensor
+    """int64 [length], on the CPU."""
+    steps: int
+    failed: bool
+    """The model gave something that is no number; the canvas is what it was before."""
+
+
+def alike(config: SamplingConfig) -> SamplingConfig:
+    """What rows of one batch must have in common; the rest is each row's own."""
+    return dataclasses.replace(
+        config,
+        gen_length=1,
+        steps=None,
+        block_length=None,
+        temperature=float(config.temperature > 0),
+        cfg_scale=float(config.cfg_scale > 0),
+        cfg_keep_tokens=(),
+        seed=0,
+    )
+
+
+class Batch:
+    """Rows that take their steps together.
+
+    Args:
+        network: the mask predictor.
+        config: what the rows have in common, see `alike`.
+        tokens: the special ids.
+        device: where the network lives.
+        reuse: the cache, or None to compute everything.
+        watch: whether `step` gives an event.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        config: SamplingConfig,
+        tokens: SpecialTokens,
+        device: torch.device | str,
+        *,
+        reuse: Reuse | None = None,
+        watch: bool = False,
+    ) -> None:
+        self.network, self.config, self.tokens, self.device = network, config, tokens, torch.device(device)
+        self.reuse, self.watch = reuse, watch
+        self.policy = POLICIES[config.policy]
+        self.options = config.policy_options
+        self.branches = 2 if config.cfg_scale > 0 else 1
+        self.rows: Rows | None = None
+        self.names: list[Hashable] = []
+        self.requests: list[Request] = []
+        self.nfe = 0
+        self._ends = torch.tensor(tokens.ends, dtype=torch.int64, device=device)
+        self._needs = self.policy.needs
+        # a policy that decides by itself would wait for ever for a place whose candidate is the mask
+        mask = () if config.policy == "fixed" else (tokens.mask,)
+        self._never = mask + (tuple(tokens.eos) if config.suppress_eos else ())
+        self._asked = frozenset(
+            ({"second"} if config.remasking == "margin" else set())
+            | ({"entropy"} if "entropy" in self._needs or config.remasking == "entropy" else set())
+            | ({"distribution"} if "change" in self._needs else set())
+        )
+        self._before: tuple[Tensor, Tensor] | None = None  # log p [R, M, V] and where it is known [R, M]: for "change"
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def add(self, requests: Sequence[Request], names: Sequence[Hashable]) -> None:
+        """Rows join; they take part from the next step on.
+
+        Raises:
+            OptionError: fewer steps than blocks.
+        """
+        if not requests:
+            return
+        new = rows_of(requests, self.tokens.mask).to(self.device)
+        self.rows = new if self.rows is None else self.rows.joined(new)
+        self.names += names
+        self.requests += requests
+        if self.reuse is not None:
+            self.reuse.admit(len(self.rows) * self.branches, self.rows.ids_RL.shape[1])
+
+    def take_finished(self) -> list[Finished]:
+        """The rows that are done leave."""
+        if self.rows is None:
+            return []
+        done = self.rows.done_R.tolist()
+        leaving = [row for row, is_done in enumerate(done) if is_done]
+        return self.remove(leaving) if leaving else []
+
+    def remove(self, leaving: Sequence[int]) -> list[Finished]:
+        """These rows leave, done or not."""
+        rows = self.rows
+        assert rows is not None
+        index = torch.tensor(leaving, device=self.device)
+        ids_RL, open_RL = rows.ids_RL[index], rows.open_RL[index]
+        if self.tokens.eos:  # what an early stop left open
+            ids_RL = torch.where(open_RL & rows.over_R[index, None], self.tokens.eos[0], ids_RL)
+        canvases, steps, failed = ids_RL.cpu(), rows.step_R[index].tolist(), rows.failed_R[index].tolist()
+        gone = [
+            Finished(self.names[row], canvases[i, : len(self.requests[row].canvas)].clone(), steps[i], failed[i])
+            for i, row in enumerate(leaving)
+        ]
+        away = set(leaving)
+        stay = [row for row in range(len(rows)) if row not in away]
+        self.names = [self.names[row] for row in stay]
+        self.requests = [self.requests[row] for row in stay]
+        if not stay:
+            self.rows = self._before = None
+        else:
+            length = max(len(request.canvas) for request in self.requests)
+            places = max(1, max(int(request.masked.sum()) for request in self.requests))
+            index = torch.tensor(stay, device=self.device)
+            self.rows = rows.kept(index, length, places)
+            if self._before is not None:
+                self._before = (self._before[0][index, :places], self._before[1][index, :places])
+        if self.reuse is not None:
+            self.reuse.keep([row * self.branches + branch for row in stay for branch in range(self.branches)])
+        return gone
+
+    @torch.no_grad()  # not inference_mode: what comes back may be trained on, or changed in place
+    def step(self) -> StepEvent | None:
+        """One denoising step of every row; rows that are done do not change.
+
+        Returns:
+            What was committed, with each row by its place in the batch, if the batch is watched.
+        """
+        rows = self.rows
+        assert rows is not None
+        W = max(block_width(request) for request in self.requests)
+        offset_RW = rows.start_R[:, None] + torch.arange(W, device=self.device)
+        valid_RW = offset_RW < rows.end_R[:, None]
+        offset_RW = offset_RW.clamp(max=rows.place_RM.shape[1] - 1)
+        place_RW = rows.place_RM.gather(1, offset_RW)
+        open_RW = valid_RW & rows.open_RL.gather(1, place_RW)
+        statistics, probability_RW = self._statistics(rows, place_RW, valid_RW, open_RW, offset_RW)
+        self.nfe += self.branches
+
+        count_R, last_R = scheduled(rows)
+        memory_RW = rows.memory_RM.gather(1, offset_RW)
+        decision = self.policy.decide(statistics, memory_RW, count_R, **self.options)
+        rows.memory_RM.scatter_(1, offset_RW, torch.where(valid_RW, decision.memory_RW, memory_RW))
+        rows.failed_R |= (open_RW & ~probability_RW.isfinite()).any(1)
+        active_R1 = ~rows.done_R[:, None]
+        # a model may propose the mask itself: as in the published sampler, such a place uses up its turn and stays open
+        commit_RW = decision.commit_RW & open_RW & active_R1 & (statistics.token_RW != self.tokens.mask)
+        changed_RW = commit_RW
+        token_RW = statistics.token_RW
+        if decision.remask_RW is not None:
+            back_RW = decision.remask_RW & statistics.committed_RW & active_R1
+            token_RW = torch.where(back_RW, self.tokens.mask, token_RW)
+            changed_RW = commit_RW | back_RW
+        self._write(rows, place_RW, valid_RW, changed_RW, token_RW)
+        event = self._event(place_RW, changed_RW, token_RW, probability_RW) if self.watch else None
+        self._advance(rows, place_RW, valid_RW, last_R if self.config.policy == "fixed" else None)
+        return event
+
+    def _statistics(
+        self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, open_RW: Tensor, offset_RW: Tensor
+    ) -> tuple[Statistics, Tensor]:
+        """The forward, and what it says of the current blocks; the candidates' probabilities [R, W] beside it."""
+        committed_RW = valid_RW & ~open_RW
+        asked_RW = valid_RW if "verified" in self._needs else open_RW
+        row_N, w_N = asked_RW.nonzero(as_tuple=True)
+        position_N = place_RW[row_N, w_N]
+        keys = Keys(rows.seed_R[row_N], rows.request_R[row_N], position_N, rows.step_R[row_N])
+        question = Question(
+            keys,
+            self._never,
+            rows.temperature_R[row_N] if self.config.temperature > 0 else None,
+            rows.guidance_R[row_N] if self.branches == 2 else None,
+            self._asked,
+            rows.ids_RL[row_N, position_N] if "verified" in self._needs else None,
+        )
+        work = self._pass(rows, place_RW, valid_RW, open_RW, row_N, w_N)
+        found = self.network(work, lambda head, hidden_MD: propose(head, hidden_MD, question))
+
+        def spread(values_N: Tensor, fill: float = 0) -> Tensor:
+            return torch.full(open_RW.shape, fill, dtype=values_N.dtype, device=self.device).index_put(
+                (row_N, w_N), values_N
+            )
+
+        confidence_N = found.probability_N
+        if self.config.remasking == "random":
+            confidence_N = chance(keys)
+        elif self.config.remasking == "margin":
+            assert found.second_N is not None
+            confidence_N = found.best_N - found.second_N
+        elif self.config.remasking == "entropy":
+            assert found.entropy_N is not None
+            confidence_N = -found.entropy_N
+        if self.config.eos_last:  # below every other, their own order kept
+            confidence_N = confidence_N - 2 * torch.isin(found.token_N, self._ends)
+        statistics = Statistics(
+            position_RW=place_RW,
+            open_RW=open_RW,
+            committed_RW=committed_RW,
+            token_RW=spread(found.token_N),
+            confidence_RW=spread(confidence_N, -torch.inf).masked_fill(~open_RW, -torch.inf),
+            entropy_RW=None if found.entropy_N is None else spread(found.entropy_N),
+            change_RW=self._change(rows, found, row_N, offset_RW[row_N, w_N], spread),
+            verified_RW=None if found.given_N is None else spread(found.given_N) * committed_RW,
+        )
+        return statistics, spread(found.probability_N)
+
+    def _change(
+        self, rows: Rows, found: Proposals, row_N: Tensor, offset_N: Tensor, spread: Callable[[Tensor], Tensor]
+    ) -> Tensor | None:
+        """KL(p_t || p_t-1) of each asked place, whose distribution is kept for the next step."""
+        if found.log_p_NV is None:
+            return None
+        R, M, V = len(rows), rows.place_RM.shape[1], found.log_p_NV.shape[1]
+        log_p_RMV, known_RM = self._before or (
+            torch.zeros(R, M, V, device=self.device),
+            torch.zeros(R, M, dtype=torch.bool, device=self.device),
+        )
+        log_p_RMV = torch.nn.functional.pad(log_p_RMV, (0, 0, 0, M - log_p_RMV.shape[1], 0, R - len(log_p_RMV)))
+        known_RM = torch.nn.functional.pad(known_RM, (0, M - known_RM.shape[1], 0, R - len(known_RM)))
+        p_NV = found.log_p_NV.exp()
+        gap_NV = torch.where(p_NV > 0, p_NV * (found.log_p_NV - log_p_RMV[row_N, offset_N]), 0)
+        change_N = torch.where(known_RM[row_N, offset_N], gap_NV.sum(1).clamp(min=0), torch.inf)
+        log_p_RMV[row_N, offset_N] = found.log_p_NV
+        known_RM[row_N, offset_N] = True
+        self._before = (log_p_RMV, known_RM)
+        return spread(change_N)
+
+    def _pass(
+        self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, open_RW: Tensor, row_N: Tensor, w_N: Tensor
+    ) -> Pass:
+        """The tokens of the forward: row p is branch p % branches of row p // branches."""
+        B, (R, L) = self.branches, rows.ids_RL.shape
+        ids_PL = rows.ids_RL
+        if B == 2:
+            hidden_RL = ids_PL.masked_fill(rows.given_RL, self.tokens.mask)
+            ids_PL = torch.stack([ids_PL, hidden_RL], 1).flatten(0, 1)
+        lengths = [len(request.canvas) for request in self.requests for _ in range(B)]
+        if "verified" in self._needs:
+            return self._pass_with_shadow(rows, ids_PL, place_RW, valid_RW, open_RW, row_N, w_N)
+        wanted_PN = [row_N * B + branch for branch in range(B)]
+        position_N = place_RW[row_N, w_N]
+        if self.reuse is None and min(lengths) == L:
+            position_T = torch.arange(L, device=self.device).repeat(R * B)
+            wanted_M = torch.cat([p_N * L + position_N for p_N in wanted_PN])
+            return Pass(ids_PL.flatten(), position_T, wanted_M, RaggedRows(lengths, self.device), lengths)
+        compute_RL = rows.real_RL if self.reuse is None else self.reuse.compute(rows, place_RW, valid_RW)
+        compute_PL = compute_RL.repeat_interleave(B, 0)
+        row_T, position_T = compute_PL.nonzero(as_tuple=True)
+        order_PL = (compute_PL.flatten().cumsum(0) - 1).view(R * B, L)
+        wanted_M = torch.cat([order_PL[p_N, position_N] for p_N in wanted_PN])
+        if self.reuse is None:
+            tokens_P, plan = lengths, typing.cast(AttentionPlan, RaggedRows(lengths, self.device))
+        else:
+            tokens_P = compute_PL.sum(1).tolist()
+            plan = self.reuse.plan(row_T, position_T, tokens_P, lengths)
+        return Pass(ids_PL[row_T, position_T], position_T, wanted_M, plan, tokens_P)
+
+    def _pass_with_shadow(
+        self,
+        rows: Rows,
+        ids_PL: Tensor,
+        place_RW: Tensor,
+        valid_RW: Tensor,
+        open_RW: Tensor,
+        row_N: Tensor,
+        w_N: Tensor,
+    ) -> Pass:
+        """Every row is followed by a mask for each place of its block: a shadow that sees all but the token in its place.
+
+        The row does not see its shadow. Committed places are read from the shadow, open ones from the row. Source: WINO,
+        arXiv:2507.18578.
+        """
+        B, (P, L), W = self.branches, ids_PL.shape, place_RW.shape[1]
+        shadow_PW = place_RW.repeat_interleave(B, 0)
+        ids_PQ = torch.cat([ids_PL, torch.full_like(shadow_PW, self.tokens.mask)], 1)
+        position_PQ = torch.cat([torch.arange(L, device=self.device).expand(P, L), shadow_PW], 1)
+        real_PL = rows.real_RL.repeat_interleave(B, 0)
+        visible_PQQ = torch.zeros(P, L + W, L + W, dtype=torch.bool, device=self.device)
+        visible_PQQ[:, :, :L] = real_PL[:, None]
+        visible_PQQ[:, L:, :L] &= torch.arange(L, device=self.device) != shadow_PW[:, :, None]
+        visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=self.device)
+        at_N = torch.where(open_RW[row_N, w_N], place_RW[row_N, w_N], L + w_N)
+        wanted_M = torch.cat([(row_N * B + branch) * (L + W) + at_N for branch in range(B)])
+        lengths = [L + W] * P
+        plan = RaggedRows(lengths, self.device, visible_PQQ[:, None])
+        return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, plan, lengths)
+
+    def _write(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, changed_RW: Tensor, token_RW: Tensor) -> None:
+        """Commits into the canvases; a place beyond the row's own block writes nothing."""
+        back_RW = changed_RW & (token_RW == self.tokens.mask)
+        # beyond the block places repeat: these write what is there, into a column that is cut off again
+        L = rows.ids_RL.shape[1]
+        target_RW = torch.where(valid_RW, place_RW, L)
+
+        def scattered(old_RL: Tensor, new_RW: Tensor) -> Tensor:
+            return torch.nn.functional.pad(old_RL, (0, 1)).scatter(1, target_RW, new_RW)[:, :L]
+
+        rows.ids_RL = scattered(rows.ids_RL, torch.where(changed_RW, token_RW, rows.ids_RL.gather(1, place_RW)))
+        open_RW = (rows.open_RL.gather(1, place_RW) & ~changed_RW) | back_RW
+        rows.open_RL = scattered(rows.open_RL, open_RW)
+        rows.changed_RL = scattered(torch.zeros_like(rows.open_RL), changed_RW)
+
+    def _advance(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, last_R: Tensor | None) -> None:
+        """Steps are counted; rows whose block is complete go on to the next, or are done."""
+        active_R = ~rows.done_R
+        complete_R = ~(valid_RW & rows.open_RL.gather(1, place_RW)).any(1)
+        if last_R is not None:  # also with a place left open, where the mask itself was proposed
+            complete_R = complete_R | last_R
+        next_R = active_R & complete_R
+        rows.step_R = rows.step_R + active_R
+        rows.block_step_R = torch.where(next_R, 0, rows.block_step_R + active_R)
+        rows.block_R = rows.block_R + next_R
+        rows.start_R = torch.where(next_R, rows.end_R, rows.start_R)
+        rows.end_R = torch.where(next_R, torch.minimum(rows.end_R + rows.width_R, rows.places_R), rows.end_R)
+        if self.config.early_stop and len(self._ends):
+            place = torch.arange(rows.place_RM.shape[1], device=self.device)
+            open_RM = rows.open_RL.gather(1, rows.place_RM) & (place < rows.places_R[:, None])
+            final_RM = ~open_RM & (place < rows.places_R[:, None])
+            if self.policy.revocable:
+                final_RM = final_RM & (place < rows.start_R[:, None])
+            ends_RM = final_RM & torch.isin(rows.ids_RL.gather(1, rows.place_RM), self._ends)
+            unsure_RM = ~final_RM & (place < rows.places_R[:, None])
+            far = rows.place_RM.shape[1]
+            first_end_R = torch.where(ends_RM, place, far).amin(1)
+            first_unsure_R = torch.where(unsure_RM, place, far).amin(1)
+            rows.over_R = rows.over_R | (first_end_R < first_unsure_R) & (first_end_R < far)
+
+    def _event(self, place_RW: Tensor, changed_RW: Tensor, token_RW: Tensor, probability_RW: Tensor) -> StepEvent:
+        row_M, w_M = changed_RW.nonzero(as_tuple=True)
+        values = (row_M, place_RW[row_M, w_M], token_RW[row_M, w_M], probability_RW[row_M, w_M])
+        return StepEvent(0, *(value.cpu() for value in values))

@@ -1,0 +1,213 @@
+"""The state of the rows that are being denoised: everything a step reads or writes, as tensors on the device.
+
+Shapes: R rows, L positions of the longest, M masks of the row with the most, W places of the widest block.
+
+A row is a canvas of its own length. Its masks in reading order are its *places*; a block is a range of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.errors import OptionError
+from dllm.sampling.config import SamplingConfig
+
+
+class SpecialTokens(NamedTuple):
+    """The ids that the loop has to know."""
+
+    mask: int
+    """Stands for "not known yet"."""
+    eos: tuple[int, ...] = ()
+    """Never candidates with `suppress_eos`; the first fills what an early stop leaves open."""
+    ends: tuple[int, ...] = ()
+    """End of text and end of turn: committed last with `eos_last`; an answer is over at the first of them."""
+
+
+class Request(NamedTuple):
+    """A canvas to be filled in."""
+
+    canvas: Tensor
+    """int64 [length], on the CPU."""
+    masked: Tensor
+    """bool [length]: where to write."""
+    config: SamplingConfig
+    number: int
+    """Keys the noise, with the seed."""
+
+
+@dataclass
+class Rows:
+    """R rows. A field's suffix says its shape."""
+
+    ids_RL: Tensor
+    """int64: the canvases, padded on the right with the mask token."""
+    open_RL: Tensor
+    """bool: to be written, not committed yet."""
+    given_RL: Tensor
+    """bool: hidden from guidance's unconditional branch."""
+    changed_RL: Tensor
+    """bool: committed, or taken back, at the row's last step."""
+    length_R: Tensor
+    """int64: positions of the canvas."""
+    place_RM: Tensor
+    """int64: positions of the places, in reading order; 0 beyond the row's own."""
+    memory_RM: Tensor
+    """fp32: what the policy remembers of each place."""
+    places_R: Tensor
+    """int64: how many places the row has."""
+    width_R: Tensor
+    """int64: places of a block."""
+    steps_R: Tensor
+    """int64: steps for all blocks together, -1 for one a token."""
+    start_R: Tensor
+    """int64: the current block's first place."""
+    end_R: Tensor
+    """int64: one past its last place."""
+    block_R: Tensor
+    """int64: the current block's number."""
+    block_step_R: Tensor
+    """int64: steps taken in it."""
+    step_R: Tensor
+    """int64: steps taken in all."""
+    over_R: Tensor
+    """bool: stopped early."""
+    failed_R: Tensor
+    """bool: the model gave something that is no number."""
+    request_R: Tensor
+    """int64: keys the noise, as the seed."""
+    seed_R: Tensor
+    temperature_R: Tensor
+    """fp64."""
+    guidance_R: Tensor
+    """fp32: cfg_scale."""
+
+    def __len__(self) -> int:
+        return len(self.length_R)
+
+    @property
+    def done_R(self) -> Tensor:
+        """bool: nothing is left to do."""
+        return (self.start_R >= self.places_R) | self.over_R | self.failed_R
+
+    @property
+    def real_RL(self) -> Tensor:
+        """bool: positions of the row itself, not of its padding."""
+        return torch.arange(self.ids_RL.shape[1], device=self.ids_RL.device) < self.length_R[:, None]
+
+    def to(self, device: torch.device | str) -> Rows:
+        """A copy there."""
+        return Rows(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+    def kept(self, index_R: Tensor, length: int, places: int) -> Rows:
+        """The rows of these numbers, cut to the positions and places that the longest of them has."""
+        sizes = {"RL": length, "RM": places}
+        return Rows(
+            **{
+                name: value[index_R] if name.endswith("_R") else value[index_R, : sizes[name[-2:]]]
+                for name, value in vars(self).items()
+            }
+        )
+
+    def joined(self, other: Rows) -> Rows:
+        """These rows and then those, on one device."""
+        return Rows(**{name: torch.cat(_padded(value, getattr(other, name))) for name, value in vars(self).items()})
+
+
+def _padded(one: Tensor, two: Tensor) -> list[Tensor]:
+    if one.dim() == 1:
+        return [one, two]
+    columns = max(one.shape[1], two.shape[1])
+    return [torch.nn.functional.pad(x, (0, columns - x.shape[1])) for x in (one, two)]
+
+
+def block_width(request: Request) -> int:
+    """Places of the request's widest block."""
+    places = max(1, int(request.masked.sum()))
+    return min(places, request.config.block_length or places)
+
+
+def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
+    """The state of new rows, on the CPU.
+
+    Raises:
+        OptionError: fewer steps than blocks.
+    """
+    length_R = torch.tensor([len(request.canvas) for request in requests])
+    masked_RL = _stacked([request.masked for request in requests], False)
+    ids_RL = _stacked([request.canvas for request in requests], mask_token_id).masked_fill(masked_RL, mask_token_id)
+    given_RL = _stacked([~request.masked for request in requests], False)
+    places_R, width_R = masked_RL.sum(1), torch.tensor([block_width(request) for request in requests])
+    place_RM = masked_RL.long().argsort(dim=1, descending=True, stable=True)[:, : int(places_R.max())]
+    for row, request in enumerate(requests):
+        check_steps(request)
+        for token in request.config.cfg_keep_tokens:
+            given_RL[row] &= ids_RL[row] != token
+    zero_R = torch.zeros_like(length_R)
+    configs = [request.config for request in requests]
+    return Rows(
+        ids_RL=ids_RL,
+        open_RL=masked_RL,
+        given_RL=given_RL,
+        changed_RL=torch.zeros_like(masked_RL),
+        length_R=length_R,
+        place_RM=place_RM,
+        memory_RM=torch.zeros(place_RM.shape),
+        places_R=places_R,
+        width_R=width_R,
+        steps_R=torch.tensor([-1 if config.steps is None else config.steps for config in configs]),
+        start_R=zero_R,
+        end_R=torch.minimum(width_R, places_R),
+        block_R=zero_R,
+        block_step_R=zero_R,
+        step_R=zero_R,
+        over_R=torch.zeros_like(length_R, dtype=torch.bool),
+        failed_R=torch.zeros_like(length_R, dtype=torch.bool),
+        request_R=torch.tensor([_int64(request.number) for request in requests]),
+        seed_R=torch.tensor([_int64(config.seed) for config in configs]),
+        temperature_R=torch.tensor([config.temperature for config in configs], dtype=torch.float64),
+        guidance_R=torch.tensor([float(config.cfg_scale) for config in configs]),
+    )
+
+
+def check_steps(request: Request) -> None:
+    """Raises OptionError where the request has fewer steps than blocks."""
+    config, places = request.config, int(request.masked.sum())
+    blocks = -(-places // block_width(request))
+    if config.steps is not None and config.steps < blocks:
+        raise OptionError(
+            f"steps={config.steps} is fewer than the {blocks} blocks of block_length={config.block_length}: every block needs "
+            f"a step. Raise steps to {blocks} or more, or raise block_length."
+        )
+
+
+def scheduled(rows: Rows) -> tuple[Tensor, Tensor]:
+    """The fixed schedule: (tokens that each row commits now, whether its block's steps are then used up).
+
+    `steps` are shared evenly over the blocks, the places of a block evenly over its steps, the first ones taking what is left
+    over; a step that would commit nothing is left out.
+
+    Returns:
+        int64 [R], bool [R].
+    """
+    places_R = rows.end_R - rows.start_R
+    blocks_R = (-(-rows.places_R // rows.width_R)).clamp(min=1)
+    share_R = rows.steps_R // blocks_R + (rows.block_R < rows.steps_R % blocks_R).long()
+    share_R = torch.where(rows.steps_R < 0, places_R, torch.minimum(share_R, places_R)).clamp(min=1)
+    count_R = places_R // share_R + (rows.block_step_R < places_R % share_R).long()
+    return count_R, rows.block_step_R + 1 >= share_R
+
+
+def _stacked(values: Sequence[Tensor], fill: int | bool) -> Tensor:
+    """[length] of each row -> [R, L], padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(values), batch_first=True, padding_value=fill)
+
+
+def _int64(number: int) -> int:
+    """A whole number of any size as a signed one of 64 bits, as the noise's keys take it."""
+    return (number + (1 << 63)) % (1 << 64) - (1 << 63)
