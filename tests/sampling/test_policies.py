@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+from functools import cache
 from random import Random
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.policies import RULES, Outcome, Row
+from reference.policies import RULES, Outcome, Row, single
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -80,11 +82,8 @@ OPTIONS: dict[str, list[dict[str, float]]] = {
     "hierarchical": [{"threshold": x, "low_threshold": y} for x, y in ((0.92, 0.5), (0.6, 0.25), (1.0, 0.0))],
     "remdm": [{"eta": x} for x in (0.1, 0.5, 1.0, 0.0)],
 }
+few = settings(max_examples=40)  # of up to four rows each
 every_policy = pytest.mark.parametrize("name", POLICIES)
-
-
-def single(x: float) -> float:
-    return float(torch.tensor(x, dtype=torch.float32))
 
 
 class Case(NamedTuple):
@@ -94,7 +93,8 @@ class Case(NamedTuple):
 
 def numbers(random: Random, width: int, examples: list[float], high: float) -> list[float]:
     """Some of the examples and some between them, all of which fp32 holds."""
-    return [single(random.choice(examples) if random.random() < 0.6 else random.uniform(0, high)) for _ in range(width)]
+    drawn = [random.choice(examples) if random.random() < 0.6 else random.uniform(0, high) for _ in range(width)]
+    return np.array(drawn, dtype=np.float32).tolist()
 
 
 def block(name: str, random: Random, width: int) -> Row:
@@ -117,6 +117,7 @@ def block(name: str, random: Random, width: int) -> Row:
     )
 
 
+@cache
 def cases(name: str) -> st.SearchStrategy[Case]:
     """One to four rows of up to nine places, and the policy's options. What is in the rows hangs on a seed: that is fast."""
 
@@ -175,6 +176,7 @@ def test_a_policy_is_its_rule_row_by_row(name: str, data: st.DataObject) -> None
 
 
 @every_policy
+@few
 @given(st.data())
 def test_a_decision_does_not_depend_on_company(name: str, data: st.DataObject) -> None:
     rows, options = data.draw(cases(name))
@@ -184,6 +186,7 @@ def test_a_decision_does_not_depend_on_company(name: str, data: st.DataObject) -
 
 
 @every_policy
+@few
 @given(st.data())
 def test_a_step_commits_masks_alone_and_more_than_it_takes_back(name: str, data: st.DataObject) -> None:
     rows, options = data.draw(cases(name))
@@ -195,6 +198,7 @@ def test_a_step_commits_masks_alone_and_more_than_it_takes_back(name: str, data:
 
 
 @every_policy
+@few
 @given(st.data())
 def test_closed_places_play_no_part(name: str, data: st.DataObject) -> None:
     (row, *_), options = data.draw(cases(name))
@@ -235,6 +239,7 @@ class RefusesReads(TorchDispatchMode):
 
 
 @every_policy
+@few
 @given(st.data())
 def test_nothing_is_read_back_to_the_host(name: str, data: st.DataObject) -> None:
     rows, options = data.draw(cases(name))
@@ -273,6 +278,7 @@ def test_nothing_depends_on_values_that_are_not_there(name: str) -> None:
 
 
 @every_policy
+@few
 @given(st.integers(0, 2**32), st.integers(1, 8), st.data())
 def test_a_block_ends_in_as_many_steps_as_it_has_masks(name: str, seed: int, width: int, data: st.DataObject) -> None:
     """Played to the end on statistics that are drawn anew at every step, however they come."""
@@ -396,6 +402,7 @@ def test_klass_counts_steps_in_succession() -> None:
 
 
 @pytest.mark.parametrize("name", ["threshold", "factor", "klass", "wino", "hierarchical"])
+@few
 @given(st.data())
 def test_ends_that_come_last_are_committed_alone(name: str, data: st.DataObject) -> None:
     rows, _ = data.draw(cases(name))
