@@ -185,24 +185,34 @@ def writes(tokens: list[str]) -> LLaDAModelLM:
     made = LLaDAModelLM(made.config).eval()
     ids = [TOKENIZER.convert_tokens_to_ids(token) for token in tokens]
 
-    def sure(_module: object, _args: object, kwargs: dict[str, Any], output: Any) -> Any:
-        R, L = kwargs["input_ids"].shape
-        logits = torch.zeros(R, L, len(TOKENIZER))
-        logits[:, torch.arange(len(ids)), ids] = 9.0
-        output.logits = logits[kwargs["logits_to_keep"]]
-        return output
+    logits_LV = torch.zeros(CONTEXT, len(TOKENIZER))
+    logits_LV[torch.arange(len(ids)), ids] = 9.0
 
-    made.register_forward_hook(sure, with_kwargs=True)
+    def sure(_module: object, args: Any, kwargs: dict[str, Any]) -> Any:
+        position_N = kwargs["position_ids"][0][kwargs["logits_to_keep"]]
+        readout = kwargs["readout"]
+        return args, {**kwargs, "readout": lambda _head, _hidden: readout(torch.nn.Identity(), logits_LV[position_N])}
+
+    made.register_forward_pre_hook(sure, with_kwargs=True)
     return made
 
 
 @pytest.mark.parametrize("end", [EOS, EOT])
 def test_texts_stop_at_the_first_end_token_and_sequences_do_not(end: str) -> None:
     written = ["a", "b", "4", end, "5", EOS, "6", EOT]
-    result = llada.generate(writes(written), TOKENIZER, ["12"], gen_length=6)
+    result = llada.generate(writes(written), TOKENIZER, ["12"], gen_length=6, early_stop=False)
     # the prompt stands over the first two
     assert result.texts == ["4"]
     assert result.sequences[0].tolist() == ids_of("12") + TOKENIZER.convert_tokens_to_ids(written[2:])
+
+
+@pytest.mark.parametrize("end", [EOS, EOT])
+def test_a_row_stops_once_all_up_to_its_end_is_written(end: str) -> None:
+    written = ["a", "b", "4", end, "5", EOS, "6", EOT]
+    result = llada.generate(writes(written), TOKENIZER, ["12"], gen_length=6)
+    assert (result.texts, result.steps, result.nfe) == (["4"], [2], 2)  # equally sure: from left to right
+    eos = TOKENIZER.eos_token_id
+    assert result.sequences[0].tolist() == [*ids_of("12"), *TOKENIZER.convert_tokens_to_ids(["4", end]), *[eos] * 4]
 
 
 def test_an_answer_that_starts_with_its_end_is_empty_and_one_without_it_is_whole() -> None:
@@ -222,7 +232,7 @@ def test_suppressed_end_tokens_are_never_written(option: str) -> None:
 
 @pytest.mark.parametrize("option", ["eos_last", "confidence_eos_eot_inf"])
 def test_end_tokens_may_be_committed_last(option: str) -> None:
-    options = dict(gen_length=4, trace=True)
+    options = dict(gen_length=4, trace=True, early_stop=False)
     plain = llada.generate(writes([EOT, "1", EOS, "2"]), TOKENIZER, [""], **options)
     assert plain.trace.commit_steps(0).tolist() == [0, 1, 2, 3]  # equally sure: from left to right
     last = llada.generate(writes([EOT, "1", EOS, "2"]), TOKENIZER, [""], **options, **{option: True})
