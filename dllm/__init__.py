@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dllm.errors import CheckpointError, DataError, DllmError, MissingExtraError, OptionError
 
 if TYPE_CHECKING:
+    from dllm.pipelines.llada.engine import Engine
     from dllm.pipelines.llada.generate import SamplingResult, generate, infilling
     from dllm.pipelines.llada.loading import load_model
     from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Engine": "dllm.pipelines.llada.engine",
     "LLaDAConfig": "dllm.pipelines.llada.models.configuration_llada",
     "LLaDAMoEConfig": "dllm.pipelines.llada.models.configuration_lladamoe",
     "LLaDAMoEModelLM": "dllm.pipelines.llada.models.modeling_lladamoe",
@@ -48,6 +50,7 @@ __all__ = [
     "CheckpointError",
     "DataError",
     "DllmError",
+    "Engine",
     "LLaDAConfig",
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",

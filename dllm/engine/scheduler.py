@@ -179,7 +179,8 @@ class Scheduler:
         if self._rows(request) > self.max_rows or needs > self.max_bytes:
             raise OptionError(
                 f"A row of {len(request.canvas)} positions needs {needs / 2**20:.0f} MiB, and there are "
-                f"{self.max_bytes / 2**20:.0f} (max_rows={self.max_rows}; guidance takes two): shorten it, or give the engine more."
+                f"{self.max_bytes / 2**20:.0f} (max_rows={self.max_rows}; guidance takes two): shorten it, or give the engine "
+                f"more."
             )
         ticket = Ticket(self, request, steps)
         with self._lock:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.errors import NonFiniteError, OptionError
+from dllm.errors import NonFiniteError
 from dllm.sampling.batch import Batch
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.network import Network, Reuse
@@ -35,12 +35,10 @@ class Denoised(NamedTuple):
 
 def denoise(
     network: Network,
-    canvases: Sequence[Tensor],
+    requests: Sequence[Request],
     config: SamplingConfig,
     tokens: SpecialTokens,
     *,
-    masked: Sequence[Tensor] | None = None,
-    requests: Sequence[int] | None = None,
     device: torch.device | str = "cpu",
     reuse: Reuse | None = None,
     trace: bool = False,
@@ -50,11 +48,9 @@ def denoise(
 
     Args:
         network: the mask predictor.
-        canvases: one int64 [length] a row.
-        config: the settings; `gen_length` plays no part here.
+        requests: the canvases, and where to write.
+        config: the settings that all of them share; `gen_length` plays no part here.
         tokens: the special ids.
-        masked: one bool [length] a row, where to write; by default wherever the mask token stands.
-        requests: one integer a row that keys its noise; by default its place in the list.
         device: where the network lives.
         reuse: a cache, made for this call; None computes everything.
         trace: keep every step.
@@ -64,25 +60,10 @@ def denoise(
         The filled canvases in the order given, the number of forwards and, if asked, the trace.
 
     Raises:
-        OptionError: fewer steps than blocks, or `masked` or `requests` that do not fit the canvases.
+        OptionError: fewer steps than blocks.
         NonFiniteError: the model gave logits that are no numbers.
     """
-    if requests is not None and len(requests) != len(canvases):
-        raise OptionError(
-            f"requests has {len(requests)} numbers for {len(canvases)} rows: give one a row, or none at all."
-        )
-    if masked is not None and [len(row) for row in masked] != [len(row) for row in canvases]:
-        raise OptionError(
-            f"masked has rows of {[len(row) for row in masked]} positions for canvases of {[len(row) for row in canvases]}: "
-            f"give one bool a token."
-        )
-    if masked is None:
-        masked = [canvas == tokens.mask for canvas in canvases]
-    numbers = list(requests) if requests is not None else list(range(len(canvases)))
-    asked = [
-        Request(canvas.long(), where.bool(), config, number)
-        for canvas, where, number in zip(canvases, masked, numbers, strict=True)
-    ]
+    asked = list(requests)
     results = [request.canvas.masked_fill(request.masked, tokens.mask) for request in asked]
     log = Trace([result.clone() for result in results]) if trace else None
     steps = [0] * len(asked)

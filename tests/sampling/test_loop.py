@@ -19,7 +19,7 @@ from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.loop import Denoised, denoise
-from dllm.sampling.rows import SpecialTokens
+from dllm.sampling.rows import Request, SpecialTokens
 
 V, MASK, EOS, EOT = 10, 9, 8, 7
 whole = partial(SamplingConfig, early_stop=False)
@@ -59,9 +59,20 @@ def enough_steps(rows: list[list[int]], config: SamplingConfig) -> SamplingConfi
     return dataclasses.replace(config, steps=max(config.steps, blocks_of(rows, config)))
 
 
-def run(predict: Any, rows: list[list[int]], config: SamplingConfig, **options: Any) -> Denoised:
+def run(
+    predict: Any,
+    rows: list[list[int]],
+    config: SamplingConfig,
+    masked: list[Tensor] | None = None,
+    requests: list[int] | None = None,
+    **options: Any,
+) -> Denoised:
     network = as_network(predict, 2 if config.cfg_scale > 0 else 1)
-    done = denoise(network, [torch.tensor(row, dtype=torch.int64) for row in rows], config, TOKENS, **options)
+    canvases = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    masked = [canvas == MASK for canvas in canvases] if masked is None else masked
+    numbers = range(len(rows)) if requests is None else requests
+    asked = [Request(*row[:2], config, row[2]) for row in zip(canvases, masked, numbers, strict=True)]
+    done = denoise(network, asked, config, TOKENS, **options)
     assert all(canvas.dtype == torch.int64 and canvas.dim() == 1 for canvas in done.canvases)
     return done
 
@@ -264,16 +275,6 @@ def test_fewer_steps_than_blocks_is_an_error_that_says_what_to_do() -> None:
     run(predict, [[1, MASK], [MASK] * 9], whole(steps=3, block_length=4))
 
 
-def test_requests_and_masks_that_do_not_fit_are_refused() -> None:
-    for requests in ([1], [1, 2, 3]):
-        with pytest.raises(OptionError, match=rf"requests has {len(requests)} numbers for 2 rows: give one a row"):
-            run(HashPredictor(V), [[MASK], [MASK]], whole(), requests=requests)
-    for sizes in ([2], [2, 2]):
-        places = [torch.ones(size, dtype=torch.bool) for size in sizes]
-        with pytest.raises(OptionError, match=r"masked has rows of \[2.*\] positions for canvases of \[3, 2\]"):
-            run(HashPredictor(V), [[1, 2, MASK], [MASK, 1]], whole(), masked=places)
-
-
 def test_nothing_to_do_costs_no_forward() -> None:
     for rows in ([], [[1, 2]], [[]], [[], [1]]):
         predict = HashPredictor(V)
@@ -287,7 +288,8 @@ def test_nothing_to_do_costs_no_forward() -> None:
 
 def test_what_comes_back_can_be_changed_and_trained_on() -> None:
     start = torch.tensor([1, MASK, MASK])
-    done = denoise(as_network(HashPredictor(V)), [start], whole(), TOKENS, trace=True)
+    request = Request(start, start == MASK, whole(), 0)
+    done = denoise(as_network(HashPredictor(V)), [request], whole(), TOKENS, trace=True)
     assert start.tolist() == [1, MASK, MASK]
     table = torch.nn.Embedding(V, 2)
     table(done.canvases[0]).sum().backward()

@@ -6,6 +6,7 @@ Use:
 
     llada.generate(model, tokenizer, prompts, ...)
     llada.infilling(model, tokenizer, inputs, ...)
+    llada.Engine(model, tokenizer).stream(prompt, ...)
     llada.pretrain([...]), llada.sft([...])
 """
 
@@ -15,6 +16,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Imported here and not lazily: a submodule of the same name would otherwise stand where the function should.
+from dllm.pipelines.llada.engine import Engine
 from dllm.pipelines.llada.generate import SamplingResult, generate, infilling
 from dllm.pipelines.llada.loading import best_device, fresh_model, load_model
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from dllm.pipelines.llada.trainer import LLaDATrainer, pretrain, sft
 
 __all__ = [
+    "Engine",
     "LLaDAConfig",
     "LLaDAMoEConfig",
     "LLaDAMoEModel",

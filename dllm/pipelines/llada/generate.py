@@ -16,7 +16,7 @@ from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
 from dllm.sampling.network import Network, Pass
 from dllm.sampling.proposals import Proposals
-from dllm.sampling.rows import SpecialTokens
+from dllm.sampling.rows import Request, SpecialTokens
 from dllm.sampling.trace import StepEvent, Trace
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
@@ -69,38 +69,27 @@ def generate(
         on_step: called after every step with what it committed.
         requests: one integer a row that keys its noise, so that it can be drawn again alone; its place by default.
         **options: the fields of `dllm.sampling.config.SamplingConfig` (steps, gen_length or max_new_tokens,
-            block_length, temperature, cfg_scale, cfg_keep_tokens, remasking, suppress_eos, eos_last, seed).
+            block_length, policy, threshold, cache, early_stop, temperature, remasking, cfg_scale, seed, ...).
 
     Returns:
         Sequences (prompt and answer, untrimmed), texts of the answers, and the number of forwards.
 
     Raises:
-        OptionError: an unknown option, a value out of range, `block_length` above `gen_length`, or a prompt that leaves no
-            room for the answer in the model's context.
+        OptionError: an unknown option, a value out of range, `block_length` or `steps` above `gen_length`, an empty prompt,
+            or one that leaves no room for the answer in the model's context.
+        NonFiniteError: the model gave logits that are no numbers.
     """
     config = generation_config(**options)
-    mask_token_id = _mask_token_id(model, tokenizer)
-    tails = torch.full((config.gen_length,), mask_token_id)
-    ids = [encode_prompt(tokenizer, prompt) for prompt in _one_a_row(prompts)]
-    for row, prompt in enumerate(ids):
-        _check_ids(model, prompt, f"prompt {row}")
-        _check_room(
-            model,
-            len(prompt) + config.gen_length,
-            f"prompt {row} ({len(prompt)} tokens) and gen_length={config.gen_length}",
-        )
-    canvases = [torch.cat([prompt, tails]) for prompt in ids]
-    # by place, not by token: a prompt may hold the mask token as a token
-    masked = [torch.arange(len(canvas)) >= len(prompt) for prompt, canvas in zip(ids, canvases, strict=True)]
-    result = _run(model, tokenizer, canvases, masked, config, trace, on_step, requests)
-    texts = []
-    if tokenizer is not None:
-        ends = set(_end_token_ids(model, tokenizer))
-        for prompt, sequence in zip(ids, result.sequences, strict=True):
-            answer = sequence[len(prompt) :].tolist()
-            stop = next((place for place, token in enumerate(answer) if token in ends), len(answer))
-            texts.append(tokenizer.decode(answer[:stop], skip_special_tokens=True))
-    return replace(result, texts=texts)
+    numbers = _numbers(prompts, requests)
+    asked = [
+        generation_request(model, tokenizer, prompt, config, number, f"prompt {row}")
+        for row, (prompt, number) in enumerate(zip(prompts, numbers, strict=True))
+    ]
+    result = _run(model, tokenizer, asked, config, trace, on_step)
+    if tokenizer is None:
+        return result
+    pairs = zip(asked, result.sequences, strict=True)
+    return replace(result, texts=[answer_text(model, tokenizer, request, canvas) for request, canvas in pairs])
 
 
 def infilling(
@@ -129,29 +118,88 @@ def infilling(
 
     Raises:
         OptionError: an unknown option, a value out of range, `gen_length`, or an input longer than the model's context.
+        NonFiniteError: the model gave logits that are no numbers.
     """
     for name in options:
         if ALIASES.get(name, name) in ("gen_length", "early_stop"):
             raise OptionError(f"infilling takes no {name}: it writes where the masks of its inputs stand, all of them.")
     config = SamplingConfig.from_options(**options, early_stop=False)
+    asked = [
+        infilling_request(model, tokenizer, item, config, number, f"input {row}")
+        for row, (item, number) in enumerate(zip(inputs, _numbers(inputs, requests), strict=True))
+    ]
+    result = _run(model, tokenizer, asked, config, trace, on_step)
+    if tokenizer is None:
+        return result
+    return replace(result, texts=[tokenizer.decode(x.tolist(), skip_special_tokens=True) for x in result.sequences])
+
+
+def generation_request(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    prompt: Prompt,
+    config: SamplingConfig,
+    number: int = 0,
+    what: str = "the prompt",
+) -> Request:
+    """A canvas whose tail of `gen_length` tokens is to be written, checked against the model.
+
+    Args:
+        model: a LLaDA model.
+        tokenizer: None if the prompt is ids.
+        prompt: see `generate`.
+        config: of `generation_config`.
+        number: keys the noise, with the seed.
+        what: the prompt's name in errors.
+
+    Raises:
+        OptionError: see `generate`.
+    """
     mask_token_id = _mask_token_id(model, tokenizer)
-    canvases = [encode_prompt(tokenizer, item) for item in _one_a_row(inputs)]
-    for row, canvas in enumerate(canvases):
-        _check_ids(model, canvas, f"input {row}")
-        _check_room(model, len(canvas), f"input {row} ({len(canvas)} tokens)")
-    masked = [canvas == mask_token_id for canvas in canvases]
-    result = _run(model, tokenizer, canvases, masked, config, trace, on_step, requests)
-    texts = (
-        [] if tokenizer is None else [tokenizer.decode(x.tolist(), skip_special_tokens=True) for x in result.sequences]
-    )
-    return replace(result, texts=texts)
+    ids = encode_prompt(tokenizer, prompt)
+    if not len(ids):
+        raise OptionError(f"{what} is empty: give it some text, or one token such as the beginning-of-text token.")
+    _check_ids(model, ids, what)
+    _check_room(model, len(ids) + config.gen_length, f"{what} ({len(ids)} tokens) and gen_length={config.gen_length}")
+    canvas = torch.cat([ids, torch.full((config.gen_length,), mask_token_id)])
+    # by place, not by token: a prompt may hold the mask token as a token
+    return Request(canvas, torch.arange(len(canvas)) >= len(ids), config, number)
+
+
+def infilling_request(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    item: str | Sequence[int] | Tensor,
+    config: SamplingConfig,
+    number: int = 0,
+    what: str = "the input",
+) -> Request:
+    """A canvas whose masks are to be filled, checked against the model; arguments as in `generation_request`.
+
+    Raises:
+        OptionError: see `infilling`.
+    """
+    canvas = encode_prompt(tokenizer, item)
+    _check_ids(model, canvas, what)
+    _check_room(model, len(canvas), f"{what} ({len(canvas)} tokens)")
+    return Request(canvas, canvas == _mask_token_id(model, tokenizer), config, number)
+
+
+def answer_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: Request, canvas: Sequence[int] | Tensor
+) -> str:
+    """What was written after the prompt, up to its first end token; decoded without special tokens."""
+    ends = set(_end_token_ids(model, tokenizer))
+    answer = [int(token) for token in canvas[int((~request.masked).sum()) :]]
+    stop = next((place for place, token in enumerate(answer) if token in ends), len(answer))
+    return tokenizer.decode(answer[:stop], skip_special_tokens=True)
 
 
 def generation_config(**options: Any) -> SamplingConfig:
     """The settings of `generate`, checked without a model.
 
     Raises:
-        OptionError: an unknown option, a value out of range, or `block_length` above `gen_length`.
+        OptionError: an unknown option, a value out of range, or `block_length` or `steps` above `gen_length`.
     """
     config = SamplingConfig.from_options(**options)
     if config.block_length is not None and config.block_length > config.gen_length:
@@ -159,18 +207,27 @@ def generation_config(**options: Any) -> SamplingConfig:
             f"block_length={config.block_length} exceeds gen_length={config.gen_length}: give a block_length of at most "
             f"{config.gen_length}, or leave it out for one block."
         )
+    if config.steps is not None and config.steps > config.gen_length:
+        raise OptionError(
+            f"steps={config.steps} exceeds gen_length={config.gen_length}: a step writes at least one token, so give at most "
+            f"{config.gen_length} steps, or leave steps out for one a token."
+        )
     return config
 
 
-def _one_a_row(prompts: Sequence[Any]) -> Sequence[Any]:
-    """Refuses one prompt in place of a list of them, which would be taken apart into rows."""
+def _numbers(prompts: Sequence[Any], requests: Sequence[int] | None) -> Sequence[int]:
+    """What keys the noise of each row. Refuses one prompt in place of a list of them, which would be taken apart into rows."""
     if isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.dim() < 2):
         raise OptionError("One prompt was given where a list of them belongs: write [prompt].")
     if any(isinstance(prompt, int | Mapping) for prompt in prompts):
         raise OptionError(
             "One prompt (its ids, or its messages) was given where a list of them belongs: write [prompt]."
         )
-    return prompts
+    if requests is not None and len(requests) != len(prompts):
+        raise OptionError(
+            f"requests has {len(requests)} numbers for {len(prompts)} rows: give one a row, or none at all."
+        )
+    return range(len(prompts)) if requests is None else requests
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> Tensor:
@@ -196,12 +253,10 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
 def _run(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    canvases: list[Tensor],
-    masked: list[Tensor],
+    asked: list[Request],
     config: SamplingConfig,
     trace: bool,
     on_step: Callable[[StepEvent], None] | None,
-    requests: Sequence[int] | None,
 ) -> SamplingResult:
     """The loop with LLaDA's ids, and the model in evaluation mode while it runs."""
     tokens, reuse = special_tokens(model, tokenizer), caching(config, model)
@@ -209,28 +264,13 @@ def _run(
     model.eval()
     try:
         done = denoise(
-            network_of(model),
-            canvases,
-            config,
-            tokens,
-            masked=masked,
-            requests=requests,
-            device=model.device,
-            reuse=reuse,
-            trace=trace,
-            on_step=on_step,
+            network_of(model), asked, config, tokens, device=model.device, reuse=reuse, trace=trace, on_step=on_step
         )
     finally:
         model.train(was_training)
-    return SamplingResult(
-        done.canvases,
-        [],
-        done.nfe,
-        done.steps,
-        [int(m.sum()) for m in masked],
-        done.trace,
-        exact=reuse is None or reuse.exact,
-    )
+    new_tokens = [int(request.masked.sum()) for request in asked]
+    exact = reuse is None or reuse.exact
+    return SamplingResult(done.canvases, [], done.nfe, done.steps, new_tokens, done.trace, exact)
 
 
 def network_of(model: PreTrainedModel) -> Network:

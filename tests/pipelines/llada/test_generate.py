@@ -216,8 +216,8 @@ def test_a_row_stops_once_all_up_to_its_end_is_written(end: str) -> None:
 
 
 def test_an_answer_that_starts_with_its_end_is_empty_and_one_without_it_is_whole() -> None:
-    assert llada.generate(writes([EOT, "1"]), TOKENIZER, [""], gen_length=2).texts == [""]
-    assert llada.generate(writes(["2", "1"]), TOKENIZER, [""], gen_length=2).texts == ["21"]
+    assert llada.generate(writes(["a", EOT, "1"]), TOKENIZER, ["1"], gen_length=2).texts == [""]
+    assert llada.generate(writes(["a", "2", "1"]), TOKENIZER, ["1"], gen_length=2).texts == ["21"]
 
 
 def test_end_tokens_in_the_prompt_end_nothing() -> None:
@@ -226,17 +226,17 @@ def test_end_tokens_in_the_prompt_end_nothing() -> None:
 
 @pytest.mark.parametrize("option", ["suppress_eos", "logits_eos_inf"])
 def test_suppressed_end_tokens_are_never_written(option: str) -> None:
-    result = llada.generate(writes([EOS, EOS, "1"]), TOKENIZER, [""], gen_length=3, **{option: True})
+    result = llada.generate(writes(["a", EOS, EOS, "1"]), TOKENIZER, ["1"], gen_length=3, **{option: True})
     assert TOKENIZER.eos_token_id not in result.sequences[0].tolist()
 
 
 @pytest.mark.parametrize("option", ["eos_last", "confidence_eos_eot_inf"])
 def test_end_tokens_may_be_committed_last(option: str) -> None:
     options = dict(gen_length=4, trace=True, early_stop=False)
-    plain = llada.generate(writes([EOT, "1", EOS, "2"]), TOKENIZER, [""], **options)
-    assert plain.trace.commit_steps(0).tolist() == [0, 1, 2, 3]  # equally sure: from left to right
-    last = llada.generate(writes([EOT, "1", EOS, "2"]), TOKENIZER, [""], **options, **{option: True})
-    assert last.trace.commit_steps(0).tolist() == [2, 0, 3, 1]
+    plain = llada.generate(writes(["a", EOT, "1", EOS, "2"]), TOKENIZER, ["1"], **options)
+    assert plain.trace.commit_steps(0).tolist() == [-1, 0, 1, 2, 3]  # equally sure: from left to right
+    last = llada.generate(writes(["a", EOT, "1", EOS, "2"]), TOKENIZER, ["1"], **options, **{option: True})
+    assert last.trace.commit_steps(0).tolist() == [-1, 2, 0, 3, 1]
 
 
 def test_without_a_tokenizer_there_are_no_texts() -> None:
@@ -283,7 +283,6 @@ def test_infilling_has_no_length_of_its_own(name: str) -> None:
         ({"steps": 3}, 3, 8 / 3),
         ({"steps": 4, "block_length": 4}, 4, 2.0),
         ({"steps": 4, "cfg_scale": 1.0}, 8, 2.0),
-        ({"steps": 100}, 8, 1.0),
     ],
     ids=str,
 )
@@ -349,6 +348,14 @@ def test_a_prompt_that_fills_the_context_is_an_error_before_anything_runs() -> N
         llada.generate(model(), TOKENIZER, ["1", "1" * (CONTEXT - 3)], gen_length=4)
     with pytest.raises(OptionError, match=rf"input 0 \({CONTEXT + 1} tokens\) need {CONTEXT + 1} positions"):
         llada.infilling(model(), TOKENIZER, [MASK * (CONTEXT + 1)])
+
+
+def test_more_steps_than_tokens_and_an_empty_prompt_are_errors() -> None:
+    with pytest.raises(OptionError, match=r"steps=9 exceeds gen_length=8: .* so give at most 8 steps"):
+        llada.generate(model(), TOKENIZER, ["1"], gen_length=8, steps=9)
+    for prompt in ("", []):
+        with pytest.raises(OptionError, match=r"prompt 1 is empty: give it some text"):
+            llada.generate(model(), TOKENIZER, ["1", prompt], gen_length=8)
 
 
 @pytest.mark.parametrize("name", ["block_length", "block_size"])

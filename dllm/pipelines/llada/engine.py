@@ -1,0 +1,214 @@
+"""The engine: many requests at once, each with its own settings, coming and going at any time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any, Protocol
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dllm.engine.buffers import KeyValues
+from dllm.engine.caching import caching
+from dllm.engine.scheduler import CommittedBlock, Scheduler, Ticket
+from dllm.errors import OptionError
+from dllm.pipelines.llada.generate import (
+    Prompt,
+    SamplingResult,
+    answer_text,
+    generation_config,
+    generation_request,
+    infilling_request,
+    network_of,
+    special_tokens,
+)
+from dllm.sampling.config import SamplingConfig
+
+ACTIVATIONS = 24
+"""Values of the model's width that a position of a pass holds at once, about: queries, keys, values, both halves of the
+gated network, and copies in fp32."""
+MEMORY_SHARE = 0.5
+"""Of the memory that is free when the engine starts."""
+
+
+class Streamer(Protocol):
+    """The interface of transformers' TextDiffusionStreamer."""
+
+    def put(self, value: Tensor) -> None:
+        """Confirmed tokens: first the prompt's, then those of each block."""
+
+    def put_draft(self, value: Tensor) -> None:
+        """All tokens from the first that is not confirmed, masks among them."""
+
+    def end(self) -> None:
+        """There is no more."""
+
+
+class Engine:
+    """Fills requests in as they come, with continuous batching. What a request gives does not depend on the others.
+
+        with llada.Engine(model, tokenizer) as engine:
+            for text in engine.stream("Why is the sky blue?", gen_length=128, threshold=0.9):
+                print(text, end="", flush=True)
+
+    Args:
+        model: a LLaDA model; device and dtype are its own. It is put into evaluation mode.
+        tokenizer: for ids and text alone; None if all prompts are ids.
+        max_rows: rows of a forward at most; guidance takes two a request.
+        memory_gb: memory for caches and activations; half of what is free by default.
+        max_waiting: requests in line at most; None for any number.
+        background: a thread of the engine's own takes the steps; otherwise whoever waits for an answer does.
+
+    Raises:
+        OptionError: `max_rows` or `memory_gb` is not positive.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        *,
+        max_rows: int = 32,
+        memory_gb: float | None = None,
+        max_waiting: int | None = None,
+        background: bool = False,
+    ) -> None:
+        if memory_gb is not None and memory_gb <= 0:
+            raise OptionError(f"memory_gb={memory_gb}: it is above 0.")
+        self.model, self.tokenizer = model.eval(), tokenizer
+        free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+        self.scheduler = Scheduler(
+            network_of(model),
+            special_tokens(model, tokenizer),
+            model.device,
+            reuse=lambda config: caching(config, model),
+            max_rows=max_rows,
+            max_bytes=free * MEMORY_SHARE if memory_gb is None else memory_gb * 2**30,
+            bytes_per_position=self._bytes_per_position,
+            max_waiting=max_waiting,
+        )
+        if background:
+            self.scheduler.start()
+
+    def _bytes_per_position(self, config: SamplingConfig) -> int:
+        shape = self.model.config
+        needed = ACTIVATIONS * shape.hidden_size * self.model.dtype.itemsize
+        if config.cache != "none":
+            needed += KeyValues.of(self.model).bytes_per_position
+        if config.policy == "klass":  # the distributions of the last step
+            needed += 4 * shape.vocab_size
+        return needed
+
+    def submit(self, prompt: Prompt, *, request: int = 0, steps: bool = False, **options: Any) -> Ticket:
+        """Puts a prompt in line; its ticket can be iterated over, waited for, and cancelled.
+
+        Args:
+            prompt: text, ids, or a conversation.
+            request: keys the noise, with the seed.
+            steps: whether the ticket gives every denoising step, not only complete blocks.
+            **options: of `dllm.generate`.
+
+        Raises:
+            OptionError: see `dllm.generate`; or the line is full, or the row larger than the memory.
+        """
+        config = generation_config(**options)
+        return self.scheduler.submit(
+            generation_request(self.model, self.tokenizer, prompt, config, request), steps=steps
+        )
+
+    def submit_infilling(
+        self, text: str | Sequence[int] | Tensor, *, request: int = 0, steps: bool = False, **options: Any
+    ) -> Ticket:
+        """As `submit`, for a text with masks: see `dllm.infilling`."""
+        config = SamplingConfig.from_options(**options, early_stop=False)
+        return self.scheduler.submit(infilling_request(self.model, self.tokenizer, text, config, request), steps=steps)
+
+    def stream(self, prompt: Prompt, *, streamer: Streamer | None = None, **options: Any) -> Iterator[str]:
+        """The answer, piece by piece: text comes when the block that it is in is complete, and is final.
+
+        Args:
+            prompt: see `submit`.
+            streamer: is shown the prompt, a draft after every step, and each block as it is complete.
+            **options: see `submit`.
+
+        Yields:
+            Pieces that joined are the answer's text. Leaving the loop cancels the request.
+
+        Raises:
+            OptionError: see `submit`; the engine has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise OptionError("Streaming text needs a tokenizer: give the engine one, or iterate over submit(...).")
+        ticket = self.submit(prompt, steps=streamer is not None, **options)
+        return self._pieces(ticket, self.tokenizer, streamer)
+
+    def _pieces(self, ticket: Ticket, tokenizer: PreTrainedTokenizerBase, streamer: Streamer | None) -> Iterator[str]:
+        request, said = ticket.request, ""
+        canvas = request.canvas.clone()
+        prompt = final = int((~request.masked).sum())
+        if streamer is not None:
+            streamer.put(canvas[:prompt][None])
+        try:
+            for event in ticket:
+                canvas[event.position] = event.token
+                if isinstance(event, CommittedBlock):
+                    start, final = final, int(event.position[-1]) + 1
+                    if streamer is not None:
+                        streamer.put(canvas[start:final])
+                    text = answer_text(self.model, tokenizer, request, canvas[:final])
+                    whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character whose last bytes are still masks
+                    if whole.startswith(said) and len(whole) > len(said):
+                        yield whole[len(said) :]
+                        said = whole
+                elif streamer is not None:
+                    streamer.put_draft(canvas[final:])
+            text = answer_text(self.model, tokenizer, request, ticket.answer().canvas)
+            if len(text) > len(said) and text.startswith(said):
+                yield text[len(said) :]
+            if streamer is not None:
+                streamer.end()
+        finally:
+            ticket.cancel()
+
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> SamplingResult:
+        """As `dllm.generate`, for more prompts than fit into one batch: rows that are done make room for those in line.
+
+        Args:
+            prompts: see `dllm.generate`.
+            **options: see `dllm.generate`.
+        """
+        before = self.scheduler.nfe
+        tickets = [self.submit(prompt, request=number, **options) for number, prompt in enumerate(prompts)]
+        try:
+            answers = [ticket.answer() for ticket in tickets]
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+        texts = []
+        if self.tokenizer is not None:
+            pairs = zip(tickets, answers, strict=True)
+            texts = [answer_text(self.model, self.tokenizer, t.request, answer.canvas) for t, answer in pairs]
+        config = generation_config(**options)
+        return SamplingResult(
+            sequences=[answer.canvas for answer in answers],
+            texts=texts,
+            nfe=self.scheduler.nfe - before,
+            steps=[answer.steps for answer in answers],
+            new_tokens=[config.gen_length] * len(answers),
+            exact=config.cache == "none" or config.cache_refresh == 1,
+        )
+
+    def close(self) -> None:
+        """Cancels what is left, and frees the rows."""
+        self.scheduler.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
