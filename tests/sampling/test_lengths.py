@@ -151,6 +151,9 @@ def test_growing_by_hand() -> None:
     assert (at.tolist(), added.tolist()) == ([[False, True, False, False]], [7])
     at, added = expansion(confidence, is_open, eos, tail, torch.tensor([100]), expand_threshold=0.01, **options)
     assert (at.any().item(), added.tolist()) == (False, [0])
+    for ended, expanded in ((0.5, 0), (0.51, 7)):
+        options = {"expand_threshold": 0.1, "expand_eos_threshold": ended, "expansion_factor": 8}
+        assert expansion(confidence, is_open, eos, tail, torch.tensor([100]), **options).added_R.tolist() == [expanded]
 
 
 # --- Prophet
