@@ -203,7 +203,8 @@ def hierarchical(
     """All above `threshold`, and the surest of each run of masks if it is above `low_threshold`; at least the surest of all.
 
     A run is open places at adjoining positions of the canvas. One token in the middle of each splits the masks into ever
-    shorter runs, whose tokens depend on each other less.
+    shorter runs, whose tokens depend on each other less. A mask that stands alone between tokens is a run of its own: where
+    all do, as on a sudoku, the lower threshold decides.
 
     Source: dInfer, arXiv:2510.08666, hierarchical decoding.
     """
