@@ -175,7 +175,8 @@ class Batch:
         count_R, last_R = scheduled(rows)
         memory_RW = rows.memory_RM.gather(1, offset_RW)
         decision = self.policy.decide(statistics, memory_RW, count_R, **self.options)
-        rows.memory_RM.scatter_(1, offset_RW, torch.where(valid_RW, decision.memory_RW, memory_RW))
+        M = rows.place_RM.shape[1]
+        rows.memory_RM = _scattered(rows.memory_RM, torch.where(valid_RW, offset_RW, M), decision.memory_RW)
         rows.failed_R |= (open_RW & ~probability_RW.isfinite()).any(1)
         active_R1 = ~rows.done_R[:, None]
         # a model may propose the mask itself: as in the published sampler, such a place uses up its turn and stays open
@@ -225,8 +226,11 @@ class Batch:
         elif self.config.remasking == "entropy":
             assert found.entropy_N is not None
             confidence_N = -found.entropy_N
-        if self.config.eos_last:  # below every other, their own order kept
-            confidence_N = confidence_N - 2 * torch.isin(found.token_N, self._ends)
+        if (
+            self.config.eos_last
+        ):  # below every other, their own order kept; an entropy is at most the log of the vocabulary
+            lower = 64 if self.config.remasking == "entropy" else 2
+            confidence_N = confidence_N - lower * torch.isin(found.token_N, self._ends)
         statistics = Statistics(
             position_RW=place_RW,
             open_RW=open_RW,
@@ -323,17 +327,12 @@ class Batch:
     def _write(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, changed_RW: Tensor, token_RW: Tensor) -> None:
         """Commits into the canvases; a place beyond the row's own block writes nothing."""
         back_RW = changed_RW & (token_RW == self.tokens.mask)
-        # beyond the block places repeat: these write what is there, into a column that is cut off again
-        L = rows.ids_RL.shape[1]
-        target_RW = torch.where(valid_RW, place_RW, L)
-
-        def scattered(old_RL: Tensor, new_RW: Tensor) -> Tensor:
-            return torch.nn.functional.pad(old_RL, (0, 1)).scatter(1, target_RW, new_RW)[:, :L]
-
-        rows.ids_RL = scattered(rows.ids_RL, torch.where(changed_RW, token_RW, rows.ids_RL.gather(1, place_RW)))
+        target_RW = torch.where(valid_RW, place_RW, rows.ids_RL.shape[1])
+        token_RW = torch.where(changed_RW, token_RW, rows.ids_RL.gather(1, place_RW))
         open_RW = (rows.open_RL.gather(1, place_RW) & ~changed_RW) | back_RW
-        rows.open_RL = scattered(rows.open_RL, open_RW)
-        rows.changed_RL = scattered(torch.zeros_like(rows.open_RL), changed_RW)
+        rows.ids_RL = _scattered(rows.ids_RL, target_RW, token_RW)
+        rows.open_RL = _scattered(rows.open_RL, target_RW, open_RW)
+        rows.changed_RL = _scattered(torch.zeros_like(rows.open_RL), target_RW, changed_RW)
 
     def _advance(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, last_R: Tensor | None) -> None:
         """Steps are counted; rows whose block is complete go on to the next, or are done."""
@@ -364,3 +363,8 @@ class Batch:
         row_M, w_M = changed_RW.nonzero(as_tuple=True)
         values = (row_M, place_RW[row_M, w_M], token_RW[row_M, w_M], probability_RW[row_M, w_M])
         return StepEvent(0, *(value.cpu() for value in values))
+
+
+def _scattered(old_RC: Tensor, column_RW: Tensor, new_RW: Tensor) -> Tensor:
+    """A copy with new values at the columns; column C is beyond the end, and what is written there is left out."""
+    return torch.nn.functional.pad(old_RC, (0, 1)).scatter(1, column_RW, new_RW)[:, :-1]

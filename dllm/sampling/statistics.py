@@ -23,7 +23,7 @@ class Statistics(NamedTuple):
     """int64: the candidate of each open place."""
     confidence_RW: Tensor
     """fp32, larger is surer, -inf where not open: by `remasking` the candidate's probability, the best's less the second
-    best's, minus the entropy, or noise. With `eos_last` end tokens are 2 lower."""
+    best's, minus the entropy, or noise. With `eos_last` end tokens are lower than all others, below 0."""
     entropy_RW: Tensor | None = None
     """fp32, nats; for policies that need "entropy"."""
     change_RW: Tensor | None = None
