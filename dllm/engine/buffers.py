@@ -69,10 +69,15 @@ class KeyValues:
         return self.key[0].shape[2]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.key[0].dtype
+
+    @property
     def bytes_per_position(self) -> int:
         """What one position of one row takes in memory, in bytes."""
         _, heads, _, width = self.key[0].shape
-        return bytes_per_position(len(self.key), heads, width, self.key[0].dtype)
+        return bytes_per_position(len(self.key), heads, width, self.dtype)
 
     @property
     def bytes(self) -> int:
@@ -101,8 +106,10 @@ class KeyValues:
 
     def write(self, layer: int, row_T: Tensor, position_T: Tensor, key_TGK: Tensor, value_TGK: Tensor) -> None:
         """Puts keys and values at their places; no (row, position) may come twice."""
-        self.key[layer][row_T, :, position_T] = key_TGK
-        self.value[layer][row_T, :, position_T] = value_TGK
+        self.key[layer][row_T, :, position_T] = key_TGK.to(
+            self.dtype
+        )  # autocast and quantised layers have dtypes of their own
+        self.value[layer][row_T, :, position_T] = value_TGK.to(self.dtype)
 
     def read(self, layer: int, rows: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, G, length, K] from position 0: views for a slice of rows, copies for an index."""

@@ -11,7 +11,7 @@ import torch
 from golden import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.caches import Kept, states_of
+from reference.caches import CachedModel, Kept
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,8 +38,8 @@ def loaded(name: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
 
 
 @cache
-def naive(name: str) -> Any:
-    return states_of(loaded(name))
+def naive(name: str) -> CachedModel:
+    return CachedModel(loaded(name))
 
 
 def states(model: PreTrainedModel, plan: CachedRows, ids: list[Tensor]) -> Tensor:
@@ -81,7 +81,7 @@ def test_equals_a_dict_of_positions(name: str, data: st.DataObject, lengths: lis
         found = iter(states(model, plan, ids))
         for row, positions in enumerate(computed):
             if positions:
-                for state in naive(name)(ids[row].tolist(), positions, dicts[row]):
+                for state in naive(name).states(ids[row].tolist(), positions, dicts[row]):
                     torch.testing.assert_close(next(found), state, rtol=0, atol=BOUND)
         assert next(found, None) is None
 
@@ -123,7 +123,7 @@ def test_other_dtypes_are_near(name: str, dtype: torch.dtype, bound: float) -> N
     """Their own rounding apart: the states' size is about 1."""
     model, lengths, computed = loaded(name, dtype), [9, 6], [[2, 3, 4], [0, 5]]
     kept, ids = KeyValues.of(model), [torch.arange(length) for length in lengths]
-    exact, dicts = naive(name), ({}, {})
+    exact, dicts = naive(name).states, ({}, {})
     for step, positions in enumerate(([list(range(n)) for n in lengths], computed)):
         ids = [row + step for row in ids]
         plan = CachedRows.from_mask(kept, mask_of(positions, lengths), lengths)
@@ -140,7 +140,7 @@ def test_one_kind_of_row_copies_neither_queries_nor_keys() -> None:
     plan = CachedRows.from_mask(KeyValues.of(model), mask_of([[0, 1], [4, 5], [2, 7]], lengths), lengths)
     (group,) = plan.groups
     assert group.rows == slice(0, 3)
-    assert (group.token_rQ, group.seen_r11L, plan.back_T) == (None, None, None)
+    assert (group.token_rQ, group.seen_r1qL, plan.back_T) == (None, None, None)
 
 
 def test_refreshing_rows_and_block_rows_are_two_products() -> None:
@@ -148,10 +148,10 @@ def test_refreshing_rows_and_block_rows_are_two_products() -> None:
     computed = [[0, 1], list(range(9)), [3, 4], [2]]
     plan = CachedRows.from_mask(KeyValues.of(model), mask_of(computed, lengths), lengths)
     whole, blocks = plan.groups
-    assert (whole.rows, whole.queries, whole.length, whole.seen_r11L) == (slice(1, 2), 9, 9, None)
+    assert (whole.rows, whole.queries, whole.length, whole.seen_r1qL) == (slice(1, 2), 9, 9, None)
     assert isinstance(blocks.rows, Tensor)
     assert blocks.rows.tolist() == [0, 2, 3]
-    assert (blocks.queries, blocks.length, blocks.seen_r11L) == (2, 8, None)
+    assert (blocks.queries, blocks.length, blocks.seen_r1qL) == (2, 8, None)
 
 
 @given(st.lists(st.integers(0, 40), max_size=12))
