@@ -119,7 +119,8 @@ class KeyValues:
         """Place i gets what place index_R[i] holds; only rows whose place changes are copied.
 
         Args:
-            index_R: where each row that stays lies now, without repetition. `compacted` gives the order that moves fewest.
+            index_R: where each row that stays lies now, without repetition; `dllm.sampling.rows.compacted` gives the order
+                that moves fewest.
             length: positions of the longest row that stays, where known; nothing beyond it is copied.
 
         Raises:
@@ -135,14 +136,3 @@ class KeyValues:
         to, origin = torch.tensor(moves, device=self.key[0].device).unbind(1)
         for tensor in (*self.key, *self.value):
             tensor[to, :, :length] = tensor[origin, :, :length]  # the right side is a copy, so places may be exchanged
-
-
-def compacted(stay: Sequence[bool]) -> list[int]:
-    """The order for `KeyValues.keep` that moves fewest rows: the last ones fill the holes of those that left.
-
-    Args:
-        stay: for each place in use, whether its row goes on.
-    """
-    count = sum(stay)
-    late = [row for row in range(count, len(stay)) if stay[row]]
-    return [row if stay[row] else late.pop() for row in range(count)]

@@ -25,7 +25,7 @@ from dllm.sampling.config import SamplingConfig
 from dllm.sampling.network import Network, Pass, Reuse
 from dllm.sampling.policies import POLICIES
 from dllm.sampling.proposals import Keys, Proposals, Question, chance, propose
-from dllm.sampling.rows import Request, Rows, SpecialTokens, block_width, rows_of, scheduled
+from dllm.sampling.rows import Request, Rows, SpecialTokens, block_width, compacted, rows_of, scheduled
 from dllm.sampling.statistics import Statistics
 from dllm.sampling.trace import StepEvent
 
@@ -137,8 +137,7 @@ class Batch:
             Finished(self.names[row], canvases[i, : len(self.requests[row].canvas)].clone(), steps[i], failed[i])
             for i, row in enumerate(leaving)
         ]
-        away = set(leaving)
-        stay = [row for row in range(len(rows)) if row not in away]
+        stay = compacted(len(rows), leaving)
         self.names = [self.names[row] for row in stay]
         self.requests = [self.requests[row] for row in stay]
         if not stay:

@@ -22,12 +22,13 @@ from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaD
 from dllm.pipelines.llada.generate import network_of
 from dllm.sampling.config import CACHE_OPTIONS, POLICY_OPTIONS, POLICY_REMASKING, SCHEDULED, SamplingConfig
 from dllm.sampling.loop import Denoised, denoise
-from dllm.sampling.network import Network, Pass
-from dllm.sampling.rows import SpecialTokens
+from dllm.sampling.network import Pass
+from dllm.sampling.rows import Request, SpecialTokens
 
 V, MASK, EOS = 24, 23, 22
 MODELS = ("dense", "moe")
 every_model = pytest.mark.parametrize("name", MODELS)
+TOKENS = SpecialTokens(MASK, (EOS,), (EOS,))
 tokens = st.integers(0, V - 2)
 
 
@@ -113,23 +114,29 @@ def configs(draw: Any, caches: Any = tuple(CACHES)) -> SamplingConfig:
     )
 
 
-def counted(network: Network, passes: list[int]) -> Network:
-    """Notes how many tokens each pass has."""
-
-    def noting(work: Pass, readout: Any) -> Any:
-        passes.append(len(work.ids_T))
-        return network(work, readout)
-
-    return noting
+def asked(rows: list[list[int]], config: SamplingConfig, numbers: list[int]) -> list[Request]:
+    canvases_ = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    return [Request(row, row == MASK, config, number) for row, number in zip(canvases_, numbers, strict=True)]
 
 
 def run(
-    name: str, rows: list[list[int]], config: SamplingConfig, passes: list[int] | None = None, **options: Any
+    name: str,
+    rows: list[list[int]],
+    config: SamplingConfig,
+    *,
+    numbers: list[int] | None = None,
+    passes: list[int] | None = None,
 ) -> Denoised:
-    network = counted(network_of(loaded(name)), [] if passes is None else passes)
-    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
-    special = SpecialTokens(MASK, (EOS,), (EOS,))
-    return denoise(network, ids, config, special, reuse=caching(config, loaded(name)), **options)
+    """`passes` is told how many tokens each pass has."""
+    network = network_of(loaded(name))
+
+    def counted(work: Pass, readout: Any) -> Any:
+        if passes is not None:
+            passes.append(len(work.ids_T))
+        return network(work, readout)
+
+    requests = asked(rows, config, list(range(len(rows))) if numbers is None else numbers)
+    return denoise(counted, requests, config, TOKENS, reuse=caching(config, loaded(name)))
 
 
 def slowly(name: str, rows: list[list[int]], config: SamplingConfig) -> list[Written]:
@@ -175,11 +182,11 @@ def test_a_row_has_its_tokens_alone_and_in_any_company(name: str, kept: Any) -> 
     config = SamplingConfig(
         cache=kept, block_length=4, policy="threshold", threshold=0.1, cfg_scale=0.5, temperature=0.7, early_stop=False
     )
-    together = run(name, rows, config, requests=[0, 1, 2, 3])
-    backwards = run(name, rows[::-1], config, requests=[3, 2, 1, 0])
+    together = run(name, rows, config, numbers=[0, 1, 2, 3])
+    backwards = run(name, rows[::-1], config, numbers=[3, 2, 1, 0])
     assert lists(together.canvases) == lists(backwards.canvases)[::-1]
     for row, request in zip(rows, range(4), strict=True):
-        alone = run(name, [row], config, requests=[request])
+        alone = run(name, [row], config, numbers=[request])
         assert alone.canvases[0].tolist() == together.canvases[request].tolist()
         assert alone.steps == [together.steps[request]]
 
@@ -203,7 +210,7 @@ def test_a_pass_holds_what_the_rule_computes_and_no_more(options: dict[str, Any]
     """A prompt of four, two blocks of four, one token a step; delayed: the masks that are left, and the last token."""
     config = SamplingConfig(block_length=4, early_stop=False, **options)
     passes: list[int] = []
-    done = run(MODELS[0], [[5, 6, 7, 8] + [MASK] * 8], config, passes)
+    done = run(MODELS[0], [[5, 6, 7, 8] + [MASK] * 8], config, passes=passes)
     assert passes == expected
     assert done.steps == [8]
 
@@ -220,6 +227,6 @@ def test_buffers_are_allocated_once() -> None:
         return network(work, readout)
 
     rows = [[1] * 3 + [MASK] * 6, [MASK] * 2, [2] * 5 + [MASK] * 7]
-    denoise(noting, [torch.tensor(row) for row in rows], config, SpecialTokens(MASK, (), ()), reuse=reuse)
+    denoise(noting, asked(rows, config, [0, 1, 2]), config, TOKENS, reuse=reuse)
     assert len(seen) == 1
     assert (reuse.buffers.rows, reuse.buffers.length) == (3, 12)

@@ -61,7 +61,8 @@ def shares(total: int, parts: int) -> list[int]:
 def softmax(logits: Sequence[float]) -> list[float]:
     largest = max(logits)
     powers = [math.exp(x - largest) for x in logits]
-    return [x / sum(powers) for x in powers]
+    total = sum(powers)
+    return [x / total for x in powers]
 
 
 def guided(conditional: float, unconditional: float, scale: float) -> float:
