@@ -69,10 +69,15 @@ class KeyValues:
         return self.key[0].shape[2]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self.key[0].dtype
+
+    @property
     def bytes_per_position(self) -> int:
         """What one position of one row takes in memory, in bytes."""
         _, heads, _, width = self.key[0].shape
-        return bytes_per_position(len(self.key), heads, width, self.key[0].dtype)
+        return bytes_per_position(len(self.key), heads, width, self.dtype)
 
     @property
     def bytes(self) -> int:
@@ -101,8 +106,10 @@ class KeyValues:
 
     def write(self, layer: int, row_T: Tensor, position_T: Tensor, key_TGK: Tensor, value_TGK: Tensor) -> None:
         """Puts keys and values at their places; no (row, position) may come twice."""
-        self.key[layer][row_T, :, position_T] = key_TGK
-        self.value[layer][row_T, :, position_T] = value_TGK
+        self.key[layer][row_T, :, position_T] = key_TGK.to(
+            self.dtype
+        )  # autocast and quantised layers have dtypes of their own
+        self.value[layer][row_T, :, position_T] = value_TGK.to(self.dtype)
 
     def read(self, layer: int, rows: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, G, length, K] from position 0: views for a slice of rows, copies for an index."""
@@ -112,7 +119,8 @@ class KeyValues:
         """Place i gets what place index_R[i] holds; only rows whose place changes are copied.
 
         Args:
-            index_R: where each row that stays lies now, without repetition. `compacted` gives the order that moves fewest.
+            index_R: where each row that stays lies now, without repetition; `dllm.sampling.rows.compacted` gives the order
+                that moves fewest.
             length: positions of the longest row that stays, where known; nothing beyond it is copied.
 
         Raises:
@@ -128,14 +136,3 @@ class KeyValues:
         to, origin = torch.tensor(moves, device=self.key[0].device).unbind(1)
         for tensor in (*self.key, *self.value):
             tensor[to, :, :length] = tensor[origin, :, :length]  # the right side is a copy, so places may be exchanged
-
-
-def compacted(stay: Sequence[bool]) -> list[int]:
-    """The order for `KeyValues.keep` that moves fewest rows: the last ones fill the holes of those that left.
-
-    Args:
-        stay: for each place in use, whether its row goes on.
-    """
-    count = sum(stay)
-    late = [row for row in range(count, len(stay)) if stay[row]]
-    return [row if stay[row] else late.pop() for row in range(count)]

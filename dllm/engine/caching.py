@@ -40,9 +40,16 @@ class Caching(Reuse):
             )
         )
 
-    def plan(self, row_T: Tensor, position_T: Tensor, tokens_P: list[int], lengths_P: list[int]) -> AttentionPlan:
+    def plan(
+        self,
+        row_T: Tensor,
+        position_T: Tensor,
+        tokens_P: list[int],
+        lengths_P: list[int],
+        visible_TL: Tensor | None = None,
+    ) -> AttentionPlan:
         """See `Reuse.plan`."""
-        return CachedRows(self.buffers, row_T, position_T, tokens_P, lengths_P)
+        return CachedRows(self.buffers, row_T, position_T, tokens_P, lengths_P, visible_TL)
 
     def admit(self, rows: int, positions: int) -> None:
         """See `Reuse.admit`."""

@@ -25,7 +25,7 @@ from dllm.sampling.config import SamplingConfig
 from dllm.sampling.network import Network, Pass, Reuse
 from dllm.sampling.policies import POLICIES
 from dllm.sampling.proposals import Keys, Proposals, Question, chance, propose
-from dllm.sampling.rows import Request, Rows, SpecialTokens, block_width, rows_of, scheduled
+from dllm.sampling.rows import Request, Rows, SpecialTokens, block_width, compacted, rows_of, scheduled
 from dllm.sampling.statistics import Statistics
 from dllm.sampling.trace import StepEvent
 
@@ -137,8 +137,7 @@ class Batch:
             Finished(self.names[row], canvases[i, : len(self.requests[row].canvas)].clone(), steps[i], failed[i])
             for i, row in enumerate(leaving)
         ]
-        away = set(leaving)
-        stay = [row for row in range(len(rows)) if row not in away]
+        stay = compacted(len(rows), leaving)
         self.names = [self.names[row] for row in stay]
         self.requests = [self.requests[row] for row in stay]
         if not stay:
@@ -319,10 +318,19 @@ class Batch:
         visible_PQQ[:, L:, :L] &= torch.arange(L, device=self.device) != shadow_PW[:, :, None]
         visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=self.device)
         at_N = torch.where(open_RW[row_N, w_N], place_RW[row_N, w_N], L + w_N)
+        if self.reuse is not None:  # the shadow's keys and values lie behind the row's; only committed places need one
+            compute_RL = self.reuse.compute(rows, place_RW, valid_RW)
+            compute_PQ = torch.cat([compute_RL, valid_RW & ~open_RW], 1).repeat_interleave(B, 0)
+            row_T, place_T = compute_PQ.nonzero(as_tuple=True)
+            order_PQ = (compute_PQ.flatten().cumsum(0) - 1).view(P, L + W)
+            wanted_M = torch.cat([order_PQ[row_N * B + branch, at_N] for branch in range(B)])
+            tokens_P: list[int] = compute_PQ.sum(1).tolist()
+            plan = self.reuse.plan(row_T, place_T, tokens_P, [L + W] * P, visible_PQQ[row_T, place_T])
+            return Pass(ids_PQ[row_T, place_T], position_PQ[row_T, place_T], wanted_M, plan, tokens_P)
         wanted_M = torch.cat([(row_N * B + branch) * (L + W) + at_N for branch in range(B)])
         lengths = [L + W] * P
-        plan = RaggedRows(lengths, self.device, visible_PQQ[:, None])
-        return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, plan, lengths)
+        shadowed = RaggedRows(lengths, self.device, visible_PQQ[:, None])
+        return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, shadowed, lengths)
 
     def _write(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, changed_RW: Tensor, token_RW: Tensor) -> None:
         """Commits into the canvases; a place beyond the row's own block writes nothing."""

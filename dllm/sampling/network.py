@@ -46,8 +46,17 @@ class Reuse(Protocol):
     def compute(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor) -> Tensor:
         """bool [R, L]: the positions that go through the network at this step."""
 
-    def plan(self, row_T: Tensor, position_T: Tensor, tokens_P: list[int], lengths_P: list[int]) -> AttentionPlan:
-        """Attention of these tokens with all that is kept of their rows, of which the pass holds so many tokens."""
+    def plan(
+        self,
+        row_T: Tensor,
+        position_T: Tensor,
+        tokens_P: list[int],
+        lengths_P: list[int],
+        visible_TL: Tensor | None = None,
+    ) -> AttentionPlan:
+        """Attention of these tokens with all that is kept of their rows, of which the pass holds so many tokens; or with what
+        each token is to see of its row alone.
+        """
 
     def admit(self, rows: int, positions: int) -> None:
         """Makes room for this many rows of this many positions; rows that are there stay."""

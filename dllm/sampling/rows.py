@@ -7,7 +7,7 @@ A row is a canvas of its own length. Its masks in reading order are its *places*
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -173,6 +173,21 @@ def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
         temperature_R=torch.tensor([config.temperature for config in configs], dtype=torch.float64),
         guidance_R=torch.tensor([float(config.cfg_scale) for config in configs]),
     )
+
+
+def compacted(rows: int, leaving: Collection[int]) -> list[int]:
+    """The rows that stay, in the order that moves fewest: the last ones fill the holes of those that leave.
+
+    What is kept of a row in a cache is large, and rows keep no order among themselves.
+
+    Args:
+        rows: how many there are.
+        leaving: the numbers of those that leave.
+    """
+    away = set(leaving)
+    count = rows - len(away)
+    late = [row for row in range(count, rows) if row not in away]
+    return [late.pop() if row in away else row for row in range(count)]
 
 
 def check_steps(request: Request) -> None:

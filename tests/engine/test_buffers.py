@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dllm.engine.buffers import KeyValues, bytes_per_position, compacted
+from dllm.engine.buffers import KeyValues, bytes_per_position
 from dllm.errors import OptionError
+from dllm.sampling.rows import compacted
 
 LAYERS, G, K = 2, 3, 4
 
@@ -85,7 +86,7 @@ def test_counts_its_bytes() -> None:
 def test_keep_moves_rows_to_their_new_places(stay: list[bool]) -> None:
     kept = filled(len(stay), 4)
     old = all_of(kept)
-    index = compacted(stay)
+    index = compacted(len(stay), [row for row, goes_on in enumerate(stay) if not goes_on])
     assert sorted(index) == [row for row, goes_on in enumerate(stay) if goes_on]
     # fewest: only the holes among the first places are filled
     assert sum(place != row for place, row in enumerate(index)) == stay[: len(index)].count(False)
