@@ -76,11 +76,6 @@ def load_feed(
             f"--tokenizer_name_or_path {model_args.tokenizer_name_or_path}: a BPE is trained in pretraining, and fine-tuning "
             f"uses the tokenizer that the model was pretrained with. Leave the option out."
         )
-    if task == "pretrain" and (data_args.truncation or data_args.turns):
-        raise OptionError(
-            "--truncation and --turns are for fine-tuning: pretraining cuts text into rows and goes on in the next one. Leave "
-            "them out."
-        )
     context = DEFAULT_LENGTH if preset else family.load_config(name).max_position_embeddings
     prepared = Path(data_args.load_preprocessed_data).expanduser() if data_args.load_preprocessed_data else None
     there = None if prepared is None else read_manifest(prepared)
