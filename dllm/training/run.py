@@ -242,7 +242,7 @@ def _train(
         trainer.add_callback(Bar())
     trainer.add_callback(LogLines())
     hide_bars(everywhere=True)
-    trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
+    trainer.add_callback(JsonLog())
     trainer.sampler = sampler
     if trainer.is_world_process_zero():
         trained, whole = count_parameters(model)
