@@ -259,6 +259,8 @@ def _train(
         )
     try:
         trainer.train(resume_from_checkpoint=resume)
+        if isinstance(train, StreamedRows):
+            tell_fates(train, args)
         if stop.stopped_by is None:
             if test is not None:
                 trainer.evaluate()
@@ -283,6 +285,16 @@ def _train(
             f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto"
         )
     return Path(str(args.output_dir)) / FINAL, stop.stopped_by
+
+
+def tell_fates(stream: StreamedRows, args: TrainingArguments) -> None:
+    """Says what was done to the documents of a stream, all processes together."""
+    fates = stream.fates().to(args.device)
+    if args.world_size > 1:
+        torch.distributed.all_reduce(fates, torch.distributed.ReduceOp.MAX)
+    if args.process_index == 0:
+        for line in stream.told(fates):
+            print(line, flush=True)
 
 
 def leave_group() -> None:
