@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
@@ -32,17 +34,39 @@ def cached_map(
         **options: of `datasets.Dataset.map`.
     """
     fingerprint = Hasher.hash([rows._fingerprint, FORM, *map(str, key)])
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dllm"
-    folder.mkdir(parents=True, exist_ok=True)
     return rows.map(
         function,
         remove_columns=rows.column_names,
         num_proc=workers if workers and workers > 1 else None,
         new_fingerprint=fingerprint,
-        cache_file_name=str(folder / f"{fingerprint}.arrow"),
+        cache_file_name=str(_folder() / f"{fingerprint}.arrow"),
         load_from_cache_file=True,
         **options,
     )
+
+
+def cached_numbers(key: list[Any], compute: Callable[[], np.ndarray]) -> np.ndarray:
+    """Numbers that are computed once and lie in the cache of `datasets`.
+
+    Args:
+        key: what they depend on beside the code.
+        compute: makes them.
+    """
+    path = _folder() / f"{Hasher.hash([FORM, *map(str, key)])}.npy"
+    try:
+        found: np.ndarray = np.load(path, allow_pickle=False)
+    except (FileNotFoundError, ValueError, EOFError):
+        found = compute()
+        unfinished = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(unfinished, found, allow_pickle=False)
+        os.replace(unfinished, path)
+    return found
+
+
+def _folder() -> Path:
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "dllm"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

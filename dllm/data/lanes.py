@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from dllm.data.maps import Fate
 from dllm.data.shards import ShardedSource
 from dllm.diffusion.noise import Purpose, keyed_permutation
 from dllm.errors import DataError
@@ -33,6 +34,25 @@ class Cursor(NamedTuple):
     """The document in the shuffled block."""
     offset: int = 0
     """The token in the document; for fine-tuning, the row of the conversation."""
+    whole: int = 0
+    cut: int = 0
+    left_out: int = 0
+    silent: int = 0
+    test: int = 0
+    """What became of the documents (fine-tuning: of their rows) before this one, of all passes; see `Fate`."""
+
+    @property
+    def fates(self) -> tuple[int, ...]:
+        """How many had each `Fate`."""
+        return self[len(self) - len(Fate) :]
+
+
+class Encoded(NamedTuple):
+    """What is learnt of a document."""
+
+    rows: list[Row]
+    fates: Sequence[Fate]
+    """Of the document, or of each of its rows, those included that are left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +75,7 @@ class Lane:
     plan: StreamPlan
     number: int
     lanes: int
-    encode: Callable[[Iterable[Any]], Iterator[list[Row]]]
+    encode: Callable[[Iterable[Any]], Iterator[Encoded]]
     """From documents to the rows of each; pretraining: one row of all its tokens."""
     length: int | None
     """Tokens of a row cut across documents; None where a document's rows stay as they are."""
@@ -76,22 +96,30 @@ class Lane:
             DataError: a document that cannot be read, or nothing in them to learn.
         """
         count, sweep, tokens = start.rows, start.sweep, list[int]()
+        fates = [*start.fates]
         at = start
         while True:
-            before, fresh = count, at[2:] == (0, 0, 0, 0, 0)
+            before, fresh = count, (at.block, at.file, at.row, at.document, at.offset) == (0, 0, 0, 0, 0)
             any_document = False
             for block, file, row, found in self._blocks(sweep, at.block, at.file, at.row):
                 any_document = True
                 place, taken = at.document, at.offset
                 for made in self.encode(self.source.document(*one) for one in found[place:]):
-                    for given, reached in self._cut(made, taken, tokens):
+                    for given, reached in self._cut(made.rows, taken, tokens):
                         count += 1
-                        yield given, Cursor(count, sweep, block, file, row, place, reached)
+                        yield given, Cursor(count, sweep, block, file, row, place, reached, *fates)
+                    for fate in made.fates:  # counted once it is done with: who goes on within it reads it again
+                        fates[fate] += 1
                     place, taken = place + 1, 0
                 at = Cursor()
             if fresh and not any_document:
                 raise DataError(f"{self.source.spec.name} has too few rows to be streamed: leave streaming out.")
             if fresh and count == before and not tokens:
+                if fates[Fate.TEST] == sum(fates):
+                    raise DataError(
+                        f"{self.source.spec.name}: all rows to train on are test rows of this run too, word for word. Choose "
+                        f"other test rows, or none with test:0."
+                    )
                 raise DataError(
                     f"{self.source.spec.name}: no row of a whole pass has an answer within --max_length: raise it."
                 )
@@ -103,8 +131,7 @@ class Lane:
             for place in range(offset, len(made)):
                 yield made[place], place + 1
             return
-        (whole,) = made
-        ids = whole["input_ids"]
+        ids = [token for whole in made for token in whole["input_ids"]]  # of one document, or of none
         while offset < len(ids):
             more = min(self.length - len(tokens), len(ids) - offset)
             tokens += ids[offset : offset + more]

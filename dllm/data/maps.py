@@ -82,6 +82,8 @@ class Fate(IntEnum):
     """Longer than max_length and filtered, or cut until nothing of an answer was left."""
     SILENT = 3
     """A conversation in which the assistant says nothing."""
+    TEST = 4
+    """A document that is a test row of the run too, word for word; of streams, which find them while they read."""
 
 
 @dataclass(frozen=True, kw_only=True)

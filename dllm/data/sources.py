@@ -2,7 +2,7 @@
 
 Every source ends as two `datasets.Dataset`s, train and test, that share no row. Where a source has a single split, its test
 rows are always the same ones whatever the other limits are: the last rows of local files, the first rows of a data set of the
-hub, whose end may be far away. They are never trained on.
+hub, whose end may be far away. They are never trained on, nor is a row that equals one of them, of whatever source.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 
 from dllm.data.builtin import builtin_rows
 from dllm.data.cache import cached_map
 from dllm.data.columns import ColumnNames, Conversation, RowFormat, check_conversation, find_format
-from dllm.data.duplicates import shared_rows
+from dllm.data.duplicates import Digests, digests, shared_rows
 from dllm.data.files import LINES, ending, find_files, is_local, line_rows, place_of, read_table
 from dllm.data.repositories import is_repository, load_repository
 from dllm.data.spec import SourceSpec, parse_dataset_args
@@ -87,8 +88,31 @@ def load_splits(
 
 
 def load_sources(dataset_args: str, reading: Reading) -> list[Splits]:
-    """The same, source by source."""
-    return [load_source(spec, reading) for spec in parse_dataset_args(dataset_args)]
+    """The same, source by source. No source trains on a row that is a test row, of itself or of another one."""
+    sources = [load_source(spec, reading) for spec in parse_dataset_args(dataset_args)]
+    if all(source.spec.name.startswith("builtin:") for source in sources):
+        return sources  # whose splits share nothing, by their making
+    held = digests(source.test for source in sources if source.test is not None)
+    return [source._replace(train=_unseen(source, held, reading.say)) for source in sources]
+
+
+def _unseen(source: Splits, held: Digests, say: Say | None) -> datasets.Dataset:
+    """A source's training rows without those that are test rows of the run."""
+    train, name = source.train, source.spec.name
+    shared = shared_rows(train, held)
+    if not len(shared):
+        return train
+    if len(shared) == len(train):
+        raise DataError(
+            f"All {len(train):,} training rows of {name} are test rows of this run too, word for word: nothing is left to "
+            f"train on. Choose other test rows, or none with test:0."
+        )
+    if say is not None:
+        say(
+            f"Warning: {len(shared):,} of the {len(train):,} training rows of {name} are test rows of this run too, word for "
+            f"word: they are left out."
+        )
+    return train.select(np.setdiff1d(np.arange(len(train)), shared, assume_unique=True))
 
 
 def join_splits(sources: list[Splits]) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -127,12 +151,7 @@ def load_source(spec: SourceSpec, reading: Reading) -> Splits:
             split: joined([read_file(file, reading) for file in files])
             for split, files in find_files(spec.name, names).items()
         }
-    train, test = _cut(splits, spec, names, at_end=not repository)
-    if test is not None and reading.say is not None and (shared := shared_rows(train, test)):
-        reading.say(
-            f"Warning: {shared} of the {len(test)} test rows of {spec.name} are training rows too, word for word."
-        )
-    return Splits(spec, train, test)
+    return Splits(spec, *_cut(splits, spec, names, at_end=not repository))
 
 
 def _load_builtin(spec: SourceSpec, column: str) -> Splits:

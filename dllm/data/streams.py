@@ -9,7 +9,7 @@ A lane goes through its documents pass after pass. It takes them in blocks, each
 Pretraining joins documents by end-of-text and cuts rows across them, blocks and passes; fine-tuning makes rows of each
 conversation.
 
-Every row says where its lane stands after it (`Cursor`, seven integers). The latest of them are all that a checkpoint needs:
+Every row says where its lane stands after it (`Cursor`, a dozen integers). The latest of them are all that a checkpoint needs:
 whoever takes a lane over, in whatever number of processes, goes on from there.
 """
 
@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dllm.data.lanes import FILES_A_LANE, Cursor, Lane, Row, StreamPlan
-from dllm.data.maps import Fate, Fitting, conversation_rows, document_ids
+from dllm.data.duplicates import Digests, digest, fingerprint
+from dllm.data.lanes import FILES_A_LANE, Cursor, Encoded, Lane, Row, StreamPlan
+from dllm.data.maps import Fate, Fitting, conversation_rows, document_ids, report
 from dllm.data.shards import ShardedSource
 from dllm.diffusion.noise import Purpose, keyed_uniform
 from dllm.errors import DataError, OptionError
@@ -77,7 +78,7 @@ class StreamedRows:
     sources: Sequence[ShardedSource]
     plan: StreamPlan
     lanes: int
-    encode: Callable[[Iterable[Any]], Iterator[list[Row]]]
+    encode: Encoder
     length: int | None
     fingerprint: str
     """Of all that decides which sample is which row."""
@@ -89,6 +90,10 @@ class StreamedRows:
     _saved: dict[int, Cursor] = field(default_factory=dict)
     _latest: dict[int, Cursor] = field(default_factory=dict)
     _drawn: dict[int, tuple[int, Any]] = field(default_factory=dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lanes that are open, which a data-loader worker that is spawned could not be given: it opens its own."""
+        return {**self.__dict__, "_open": {}}
 
     def __len__(self) -> int:
         return self.plan.steps * self.plan.group
@@ -139,10 +144,36 @@ class StreamedRows:
         return recent[index + 1 - recent[0][1].rows]
 
     def note(self, cursors: Tensor) -> None:
-        """Takes down how far training has come: int64 [B, 8], the cursors of a batch."""
+        """Takes down how far training has come: int64 [B, 13], the cursors of a batch."""
         for lane, *place in cursors.tolist():
             if lane not in self._latest or self._latest[lane].rows < place[0]:
                 self._latest[lane] = Cursor(*place)
+
+    def fates(self) -> Tensor:
+        """int64 [lanes of all sources, fates], what became of the documents that training has come past.
+
+        Of several processes that read a lane the one that is farthest is right: the greatest counts.
+        """
+        table = torch.zeros(len(self.sources) * self.lanes, len(Fate), dtype=torch.int64)
+        for lane, cursor in self._latest.items():
+            table[lane] = torch.tensor(cursor.fates)
+        return table
+
+    def told(self, fates: Tensor) -> list[str]:
+        """What was done to the documents that were read, in lines; none where nothing was.
+
+        Args:
+            fates: of `fates`, the greatest of all processes.
+        """
+        counts, lines = fates.sum(0).tolist(), []
+        if self.encode.fitting is not None:
+            lines.append(report(counts[: Fate.TEST], self.encode.fitting, "training, as read so far"))
+        if counts[Fate.TEST]:
+            lines.append(
+                f"Warning: {counts[Fate.TEST]:,} of the {sum(counts):,} training rows read so far are test rows of this run too, "
+                f"word for word: they are left out."
+            )
+        return [line for line in lines if line]
 
     def save(self, folder: Path, process: int) -> None:
         """Writes this process's places into a checkpoint."""
@@ -170,15 +201,15 @@ class StreamedRows:
         self._latest = dict(self._saved)
 
 
-def first_documents(sources: Sequence[ShardedSource], count: int) -> Iterator[Any]:
-    """Some documents of each source, from its beginning."""
+def first_documents(sources: Sequence[ShardedSource], count: int, held: Digests = frozenset()) -> Iterator[Any]:
+    """Some documents of each source, from its beginning; none that is a test row."""
     for source in sources:
         found = (
             source.document(index, raw)
             for index, shard in enumerate(source.shards)
             for raw in shard.raw(source.held.get(index, 0))
         )
-        yield from islice(found, count)
+        yield from islice((document for document in found if not held or digest(document) not in held), count)
 
 
 def chained(sources: Sequence[ShardedSource]) -> Sequence[ShardedSource]:
@@ -213,6 +244,7 @@ def streamed_rows(
     *,
     length: int | None = None,
     fitting: Fitting | None = None,
+    held: Digests = frozenset(),
     key: Sequence[Any] = (),
 ) -> StreamedRows:
     """The samples of a run from streamed sources.
@@ -223,6 +255,7 @@ def streamed_rows(
         tokenizer: makes ids.
         length: to pretrain: tokens a row.
         fitting: to fine-tune: how conversations become rows.
+        held: of the run's test rows, which are passed over wherever they turn up.
         key: what else the rows depend on.
 
     Raises:
@@ -230,12 +263,13 @@ def streamed_rows(
     """
     lanes = lanes_of(sources, plan.group)
     parts = [(source.spec, len(source.shards), sorted(source.held.items())) for source in sources]
-    text = repr((parts, plan.seed, plan.group, plan.buffer, lanes, length, fitting, [*map(str, key)]))
+    more = [*map(str, key), *([fingerprint(held)] if held else [])]
+    text = repr((parts, plan.seed, plan.group, plan.buffer, lanes, length, fitting, more))
     return StreamedRows(
         sources=sources,
         plan=plan,
         lanes=lanes,
-        encode=Encoder(tokenizer=tokenizer, fitting=fitting),
+        encode=Encoder(tokenizer=tokenizer, fitting=fitting, held=held),
         length=length,
         fingerprint=hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
     )
@@ -248,22 +282,35 @@ class Encoder:
     tokenizer: PreTrainedTokenizerBase
     fitting: Fitting | None
     """For conversations; None for text."""
+    held: Digests = frozenset()
+    """Of documents that are passed over."""
 
-    def __call__(self, documents: Iterable[Any]) -> Iterator[list[Row]]:
+    def __call__(self, documents: Iterable[Any]) -> Iterator[Encoded]:
         if self.fitting is None:
             coming = iter(documents)
             while some := list(islice(coming, TOKENISED)):
-                for ids in document_ids(some, self.tokenizer):
-                    yield [{"input_ids": ids}]
+                passed = [self._is_held(text) for text in some]
+                ids = iter(
+                    document_ids([text for text, out in zip(some, passed, strict=True) if not out], self.tokenizer)
+                )
+                for out in passed:
+                    yield Encoded([], [Fate.TEST]) if out else Encoded([{"input_ids": next(ids)}], [Fate.WHOLE])
             return
         for messages in documents:
+            if self._is_held(messages):
+                yield Encoded([], [Fate.TEST])
+                continue
             pieces = conversation_rows(messages, self.tokenizer, self.fitting)
-            yield [{"input_ids": ids, "turns": turns} for ids, turns, fate in pieces if fate <= Fate.CUT]
+            rows = [{"input_ids": ids, "turns": turns} for ids, turns, fate in pieces if fate <= Fate.CUT]
+            yield Encoded(rows, [fate for *_, fate in pieces])
+
+    def _is_held(self, document: Any) -> bool:
+        return bool(self.held) and digest(document) in self.held
 
 
 @dataclass(frozen=True, kw_only=True)
 class CursorCollator:
-    """A collator whose batches say where their lanes stand: `cursor`, int64 [B, 8]."""
+    """A collator whose batches say where their lanes stand: `cursor`, int64 [B, 13]."""
 
     collator: Callable[[list[Row]], dict[str, Tensor]]
 

@@ -245,27 +245,6 @@ def token_weights(
     return weight_N / documents_BL[maskable_BL].bincount()[documents_BL[masked_BL]]
 
 
-def masked_loss(
-    nll_N: Tensor, weight_BL: Tensor, masked_BL: Tensor, maskable_BL: Tensor, normalisation: Normalisation
-) -> Tensor:
-    """The loss of this part of the global batch, before division by the denominator, from cross-entropies.
-
-    Args:
-        nll_N: fp32 [N], cross-entropies of the masked positions in row order.
-        weight_BL: see `token_weights`, as the arguments below.
-        masked_BL: bool [B, L] with N True.
-        maskable_BL: bool [B, L].
-        normalisation: see the table above.
-
-    Returns:
-        fp32 scalar. Divided by the sum of `batch_count` over the global batch it is the loss.
-
-    Raises:
-        OptionError: an unknown normalisation.
-    """
-    return (nll_N * token_weights(weight_BL, masked_BL, maskable_BL, normalisation)).sum()
-
-
 def check_normalisation(name: str) -> None:
     """Raises OptionError, with the nearest right name, unless `name` is a normalisation."""
     if name not in get_args(Normalisation):

@@ -26,8 +26,8 @@ def plot_run(log: Sequence[dict[str, Any]], scores: Sequence[Score], title: str,
     plt = pyplot("Drawing the curves")
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title)
-    train = [(row["tokens"] / 1e6, row["loss"]) for row in log if "loss" in row]
-    test = [(row["tokens"] / 1e6, row["eval_loss"]) for row in log if "eval_loss" in row]
+    train = [(row["tokens_seen"] / 1e6, row["loss"]) for row in log if "loss" in row]
+    test = [(row["tokens_seen"] / 1e6, row["eval_loss"]) for row in log if "eval_loss" in row]
     left.plot(*zip(*train, strict=True), lw=1.2, label="training")
     if test:
         left.plot(*zip(*test, strict=True), "o", ms=5, label="unseen")

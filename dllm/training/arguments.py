@@ -109,6 +109,14 @@ class PrepareArguments:
     output_dir: str = _help("The folder to write; it must not exist yet.", default="")
 
 
+_UNUSED = {
+    "label_smoothing_factor": "the loss of masked diffusion is a bound on the likelihood, without smoothing.",
+    "auto_find_batch_size": "masks and times are keyed by the samples of a step, so that their number is fixed.",
+    "use_liger_kernel": "it has no kernels for LLaDA; head and loss are fused here anyway.",
+}
+"""Options of transformers that would do nothing, or harm: why."""
+
+
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' TrainingArguments with the defaults of masked diffusion, and what that adds."""
@@ -195,6 +203,15 @@ class TrainingArguments(transformers.TrainingArguments):
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise OptionError(f"--{name} {getattr(self, name)}: it is 1 or more.")
+        if self.num_train_epochs <= 0:
+            raise OptionError(f"--num_train_epochs {self.num_train_epochs}: it is above 0.")
+        if self.max_steps < 1 and self.max_steps != -1:
+            raise OptionError(
+                f"--max_steps {self.max_steps}: it is 1 or more; left out, --num_train_epochs says how long."
+            )
+        for name in ("label_smoothing_factor", "auto_find_batch_size", "use_liger_kernel"):
+            if getattr(self, name):
+                raise OptionError(f"--{name}: {_UNUSED[name]} Leave it out.")
         for name in ("sample_every", "sample_length"):
             if getattr(self, name) < (name == "sample_length"):
                 raise OptionError(f"--{name} {getattr(self, name)}: it is {int(name == 'sample_length')} or more.")

@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,14 +31,15 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class JsonLog(TrainerCallback):
     """Writes `log.jsonl` into the output folder: one object a logged step, tokens seen and seconds spent included.
 
-    There is a line at every checkpoint, so that a resumed run goes on where its counts stood; lines past the step that it
-    resumes from are dropped, and so is the summary with which the stopped run ended. No line is written twice.
+    There is a line at every checkpoint, so that a resumed run goes on where its counts stood, at every evaluation, so that its
+    tokens are those up to there, and at the last step. Lines past the step that a run resumes from are dropped, and so is the
+    summary with which the stopped run ended. No line is written twice.
     """
 
-    def __init__(self, tokens_seen: Callable[[], int]) -> None:
-        self.tokens_seen = tokens_seen
+    def __init__(self) -> None:
         self.path: Path | None = None
-        self.before = {"seconds": 0.0, "tokens": 0}
+        self.before = 0.0
+        """Seconds before this start."""
         self.written: set[tuple[Any, ...]] = set()
 
     def on_train_begin(
@@ -51,7 +51,7 @@ class JsonLog(TrainerCallback):
         kept = []
         if state.global_step and self.path.exists():
             kept = [row for row in read_log(self.path) if row["step"] <= state.global_step]
-        self.before = {key: kept[-1][key] if kept else 0 for key in self.before}
+        self.before = kept[-1]["seconds"] if kept else 0.0
         kept = [row for row in kept if "train_runtime" not in row]
         self.written = {_kind(row) for row in kept}
         self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -60,7 +60,7 @@ class JsonLog(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        control.should_log = control.should_log or control.should_save
+        control.should_log |= control.should_save or control.should_evaluate or control.should_training_stop
         return control
 
     on_epoch_end = on_step_end
@@ -77,8 +77,8 @@ class JsonLog(TrainerCallback):
             return
         row = {
             "step": state.global_step,
-            "tokens": int(self.before["tokens"]) + self.tokens_seen() * args.world_size,
-            "seconds": round(self.before["seconds"] + time.monotonic() - self.began, 2),
+            "tokens_seen": state.num_input_tokens_seen,
+            "seconds": round(self.before + time.monotonic() - self.began, 2),
             **logs,
         }
         if _kind(row) in self.written:  # the evaluation after the last step, where that step was evaluated already

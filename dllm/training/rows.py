@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dllm.data import mixture
 from dllm.data.cache import tokenizer_fingerprint
 from dllm.data.columns import ColumnNames
+from dllm.data.duplicates import digests
 from dllm.data.lanes import StreamPlan
 from dllm.data.maps import Fitting, check_chat_template, pretraining_rows, sft_rows
 from dllm.data.prepared import TOKENIZER, Manifest, load_prepared, read_manifest, versions, write_prepared
@@ -75,11 +76,6 @@ def load_feed(
         raise OptionError(
             f"--tokenizer_name_or_path {model_args.tokenizer_name_or_path}: a BPE is trained in pretraining, and fine-tuning "
             f"uses the tokenizer that the model was pretrained with. Leave the option out."
-        )
-    if task == "pretrain" and (data_args.truncation or data_args.turns):
-        raise OptionError(
-            "--truncation and --turns are for fine-tuning: pretraining cuts text into rows and goes on in the next one. Leave "
-            "them out."
         )
     context = DEFAULT_LENGTH if preset else family.load_config(name).max_position_embeddings
     prepared = Path(data_args.load_preprocessed_data).expanduser() if data_args.load_preprocessed_data else None
@@ -144,8 +140,9 @@ def _load_stream(
     opened = [open_source(spec, reading(task, data_args, tokenizer, say)) for spec in specs]
     sources = chained([source for source, _ in opened])
     tests = [test for _, test in opened if test is not None and len(test)]
+    held = digests(tests)
     if tokenizer is None:
-        tokenizer = make_tokenizer(lambda: first_documents(sources, TOKENIZER_DOCUMENTS))
+        tokenizer = make_tokenizer(lambda: first_documents(sources, TOKENIZER_DOCUMENTS, held))
     fitting = None
     if task == "sft":
         check_chat_template(tokenizer)
@@ -154,7 +151,7 @@ def _load_stream(
         )
     train = streamed_rows(
         sources, plan, tokenizer, length=max_length if fitting is None else None, fitting=fitting,
-        key=[tokenizer_fingerprint(tokenizer), column_names(data_args)],
+        held=held, key=[tokenizer_fingerprint(tokenizer), column_names(data_args)],
     )  # fmt: skip
     test = encoder(task, data_args, tokenizer, max_length, say)(joined(tests), what="test") if tests else None
     return Feed(tokenizer, train, test, max_length)

@@ -6,7 +6,6 @@ Everything that can be wrong with the arguments, the data and the disk is found 
 from __future__ import annotations
 
 import gc
-import re
 import shutil
 import sys
 import time
@@ -45,9 +44,16 @@ from dllm.training.checkpoints import UNFINISHED, no_room, put_in_place
 from dllm.training.curves import draw_losses
 from dllm.training.engines import check_engine, resumable, running
 from dllm.training.launch import exit_status, no_such_option, options_help, tell_launcher
+from dllm.training.option_rules import (
+    check_data_options,
+    check_prepared_options,
+    check_training_options,
+    former_name,
+    named_options,
+)
 from dllm.training.output import check_disk, check_output_dir
 from dllm.training.record import record_start
-from dllm.training.rows import DEFAULT_DATA, is_streamed, prepare, prepare_data
+from dllm.training.rows import DEFAULT_DATA, prepare, prepare_data
 from dllm.training.samples import Sample, make_sampler
 from dllm.training.trainer import MaskedDiffusionTrainer
 
@@ -113,7 +119,9 @@ def parse_arguments(
     if wants_adapter(argv):
         parser.set_defaults(**ADAPTER_DEFAULTS[task])
     model_args, data_args, training_args, model_args.adapter = _parsed(parser, kinds, argv)
-    check_packing(task, data_args, training_args)
+    named = named_options(parser, argv)
+    check_data_options(task, data_args, named)
+    check_training_options(task, data_args, training_args, named)
     return model_args, data_args, training_args
 
 
@@ -128,12 +136,9 @@ def _parsed(parser: _Parser, kinds: Sequence[type], argv: Sequence[str] | None) 
         raise OptionError(str(error)) from error
     if unknown:
         names = {f"--{field.name}" for kind in kinds for field in fields(kind) if field.init}
+        if now := former_name(unknown[0]):
+            raise OptionError(f"There is no option {unknown[0]!r}.{now}")
         raise OptionError(no_such_option(unknown[0], parser.prog, names))
-    data_args = parsed[1]
-    if not 0 <= data_args.random_length <= 1:
-        raise OptionError(f"--random_length {data_args.random_length}: it is a share, between 0 and 1.")
-    if data_args.max_length is not None and data_args.max_length < 2:
-        raise OptionError(f"--max_length {data_args.max_length}: a row has at least 2 tokens.")
     return parsed
 
 
@@ -148,38 +153,11 @@ def prepare_rows(task: Task, family: Family, argv: Sequence[str] | None = None) 
     parser = _Parser(kinds, allow_abbrev=False, prog=f"dllm prepare {task}", description=_DESCRIPTIONS["prepare"])
     parser.set_defaults(**{k: v for k, v in TASK_DEFAULTS[task].items() if k in ("model_name_or_path", "dataset_args")})
     model_args, data_args, where = _parsed(parser, kinds, argv)
+    named = named_options(parser, argv)
+    check_data_options(task, data_args, named)
+    check_prepared_options(task, named)
     hide_bars(everywhere=False)
     return prepare_data(task, family, model_args, data_args, where.output_dir, say=partial(print, flush=True))
-
-
-def check_packing(task: Task, data_args: DataArguments, args: TrainingArguments) -> None:
-    """Whether the options of packing belong together.
-
-    Raises:
-        OptionError: they do not.
-    """
-    if is_streamed(data_args) and (data_args.packing or args.groups_by_length):
-        raise OptionError(
-            "A stream is neither packed nor grouped by length, for which all rows have to be known: leave one out."
-        )
-    if not data_args.packing and data_args.pack_eos != DataArguments.pack_eos:
-        raise OptionError("--pack_eos belongs to --packing: write that too, or leave it out.")
-    if args.groups_by_length and task == "pretrain":
-        raise OptionError(
-            "--train_sampling_strategy group_by_length: pretraining's rows are all of one length. Leave it out."
-        )
-    if data_args.packing and task == "pretrain":
-        raise OptionError(
-            "--packing: pretraining's rows are full already. To keep their documents apart, write --document_masks."
-        )
-    if data_args.document_masks and task == "sft":
-        raise OptionError("--document_masks: fine-tuning's documents see themselves alone anyway. Leave it out.")
-    if data_args.packing and args.groups_by_length:
-        raise OptionError(
-            "--packing leaves no padding for --train_sampling_strategy group_by_length to save: leave one out."
-        )
-    if data_args.pack_eos != "mirror" and not re.fullmatch("[0-9]+", data_args.pack_eos):
-        raise OptionError(f"--pack_eos {data_args.pack_eos}: write a number, such as 8, or mirror.")
 
 
 _DESCRIPTIONS = {
@@ -264,7 +242,7 @@ def _train(
         trainer.add_callback(Bar())
     trainer.add_callback(LogLines())
     hide_bars(everywhere=True)
-    trainer.add_callback(JsonLog(lambda: trainer.tokens_seen))
+    trainer.add_callback(JsonLog())
     trainer.sampler = sampler
     if trainer.is_world_process_zero():
         trained, whole = count_parameters(model)
@@ -281,6 +259,8 @@ def _train(
         )
     try:
         trainer.train(resume_from_checkpoint=resume)
+        if isinstance(train, StreamedRows):
+            tell_fates(train, args)
         if stop.stopped_by is None:
             if test is not None:
                 trainer.evaluate()
@@ -305,6 +285,16 @@ def _train(
             f"Stopped at step {trainer.state.global_step}. Go on with the same command and --resume_from_checkpoint auto"
         )
     return Path(str(args.output_dir)) / FINAL, stop.stopped_by
+
+
+def tell_fates(stream: StreamedRows, args: TrainingArguments) -> None:
+    """Says what was done to the documents of a stream, all processes together."""
+    fates = stream.fates().to(args.device)
+    if args.world_size > 1:
+        torch.distributed.all_reduce(fates, torch.distributed.ReduceOp.MAX)
+    if args.process_index == 0:
+        for line in stream.told(fates):
+            print(line, flush=True)
 
 
 def leave_group() -> None:

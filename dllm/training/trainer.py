@@ -104,8 +104,6 @@ class MaskedDiffusionTrainer(transformers.Trainer):
             compute_metrics=_mean_loss,
             **kwargs,
         )
-        self.tokens_seen = 0
-        """Tokens of this process's batches since training began or went on, padding included."""
         self.eval_collator = make_collator(seed, group, True)
         # ours is normalised over the whole accumulated batch already; transformers must not divide it again
         self.loss_is_scaled_for_ga = True
@@ -145,7 +143,6 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         if self.stream is not None:
             for batch in batch_samples:
                 self.stream.note(batch.pop("cursor"))
-        self.tokens_seen += sum(batch["input_ids"].numel() for batch in batch_samples)
         counts = [self._count(batch) for batch in batch_samples]
         total = torch.stack(counts).sum().float().to(device)
         return self.accelerator.reduce(total, "sum") if self.args.world_size > 1 else total

@@ -116,7 +116,7 @@ def test_conversations_are_prepared_as_asked(here: Path) -> None:
         ),
         (
             ["prepare", "pretrain", "--output_dir", "x", "--turns", "all"],
-            "--truncation and --turns are for fine-tuning",
+            "--turns: it is for fine-tuning",
         ),
         (
             ["prepare", "sft", "--output_dir", "x", "--turns", "each"],

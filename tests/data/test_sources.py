@@ -13,7 +13,7 @@ import pytest
 
 from dllm.data.builtin import builtin_rows
 from dllm.data.columns import ColumnNames, find_format
-from dllm.data.sources import Rendering, load_splits
+from dllm.data.sources import Reading, Rendering, load_sources, load_splits
 from dllm.errors import DataError
 
 TEXTS = [f"document {i}" for i in range(10)]
@@ -121,14 +121,51 @@ def test_splits_of_other_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
-def test_rows_that_are_in_both_splits_are_counted(tmp_path: Path, kind: str) -> None:
+def test_a_training_row_that_is_a_test_row_is_left_out(tmp_path: Path, kind: str) -> None:
     rows = datasets.Dataset.from_dict({"text": ["a", "b", "c", "b", "a", "d"]})
     {"jsonl": rows.to_json, "parquet": rows.to_parquet, "csv": rows.to_csv}[kind](tmp_path / f"a.{kind}")
-    said: list[str] = []
-    load_splits(f"{tmp_path}/a.{kind}[test:3]", column="text", say=said.append)
-    assert said == [f"Warning: 2 of the 3 test rows of {tmp_path}/a.{kind} are training rows too, word for word."]
-    load_splits(f"{tmp_path}/a.{kind}[train:2,test:1]", column="text", say=said.append)
+    name, said = f"{tmp_path}/a.{kind}", list[str]()
+    train, test = load_splits(f"{name}[test:3]", column="text", say=said.append)
+    assert (train["text"][:], test["text"][:]) == (["c"], ["b", "a", "d"])  # type: ignore[index]
+    assert said == [
+        f"Warning: 2 of the 3 training rows of {name} are test rows of this run too, word for word: they are left out."
+    ]
+    silent, _ = load_splits(f"{name}[test:3]", column="text")  # as the other processes do
+    assert silent["text"][:] == ["c"]
+    load_splits(f"{name}[train:2,test:1]", column="text", say=said.append)
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("weights", ["", "weight:1"])
+def test_a_test_row_of_one_source_is_not_trained_on_in_another(tmp_path: Path, weights: str) -> None:
+    one = write_jsonl(tmp_path / "one.jsonl", [chat("q", str(n)) for n in range(6)])
+    pairs = [{"prompt": "q", "completion": str(n)} for n in (9, 5, 8, 4, 4, 3)]  # the same in another form
+    two = write_jsonl(tmp_path / "two.jsonl", pairs)
+    said: list[str] = []
+    reading = Reading(column="messages", say=said.append)
+    more = f",{weights}" if weights else ""
+    sources = load_sources(
+        f"{one}[test:2{more}] | {two}[test:1{more}] | builtin:addition[train:3,test:1{more}]", reading
+    )
+    answers = [[row["messages"][1]["content"] for row in source.train] for source in sources]
+    assert answers[:2] == [["0", "1", "2"], ["9", "8"]]
+    assert len(answers[2]) == 3
+    assert said == [
+        f"Warning: {shared} of the {whole} training rows of {path} are test rows of this run too, word for word: they are left "
+        f"out."
+        for path, shared, whole in ((one, 1, 4), (two, 3, 5))
+    ]
+
+
+def test_nothing_left_to_train_on_says_why(tmp_path: Path) -> None:
+    one, two = (write_jsonl(tmp_path / f"{name}.jsonl", [{"text": "same"}] * 2) for name in ("one", "two"))
+    more = write_jsonl(tmp_path / "more.jsonl", [{"text": "other"}, {"text": "same"}])
+    with pytest.raises(
+        DataError, match=r"All 2 training rows of .*two.jsonl are test rows of this run too, word for w"
+    ):
+        load_splits(f"{more}[test:1] | {two}", column="text")
+    with pytest.raises(DataError, match=r"nothing is left to train on. Choose other test rows, or none with test:0."):
+        load_splits(f"{one}[test:1]", column="text")
 
 
 FORMS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from pathlib import Path
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dllm.data.columns import ColumnNames
+from dllm.data.duplicates import digests
 from dllm.data.lanes import Cursor, StreamPlan
-from dllm.data.maps import Fitting
+from dllm.data.maps import Fate, Fitting
 from dllm.data.order import OrderedDataset
 from dllm.data.shards import open_source
 from dllm.data.sources import Reading
@@ -227,6 +229,103 @@ def test_conversations_are_streamed(tmp_path: Path, turns: str) -> None:
     first_pass = [tuple(row["input_ids"]) for row in first[:short]]
     assert len(set(first_pass)) == short
     assert set(first_pass) >= {tuple(row["input_ids"]) for row in first}
+
+
+@pytest.mark.parametrize("form", ["text", "messages"])
+@pytest.mark.parametrize("weight", ["", ",weight:1"])
+def test_a_test_row_of_one_stream_is_not_read_in_another(tmp_path: Path, form: str, weight: str) -> None:
+    def row(n: int) -> dict[str, Any]:
+        said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": f"<{n}>"}]
+        return {"text": f"<{n}>"} if form == "text" else {"conversations": said}
+
+    def again(n: int) -> dict[str, Any]:
+        return {"text": f"<{n}>"} if form == "text" else {"prompt": "q", "completion": f"<{n}>"}
+
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text("".join(json.dumps(row(n)) + "\n" for n in range(20)))
+    two.write_text("".join(json.dumps(again(n)) + "\n" for n in range(40)))
+    opened = [
+        open_source(spec, Reading(column=form))
+        for spec in parse_dataset_args(f"{one}[test:7{weight}] | {two}[test:1{weight}]")
+    ]
+    sources, held = chained([source for source, _ in opened]), digests(test for _, test in opened if test is not None)
+    plan = StreamPlan(seed=0, group=2, steps=300)
+    if form == "text":
+        rows = streamed_rows(sources, plan, CHARS, length=5, held=held)
+    else:
+        rows = streamed_rows(sources, plan, CHARS, fitting=Fitting(max_length=60), held=held)
+    samples = [rows[n] for n in range(600)]
+    samples.sort(key=lambda row: row["cursor"][:2])  # a document of one lane after the other
+    text = CHARS.decode([token for row in samples for token in row["input_ids"]])
+    assert [n for n in range(40) if f"<{n}>" in text] == [*range(7, 40)]
+    rows.note(torch.tensor([row["cursor"] for row in samples]))
+    met, read = int(rows.fates()[:, Fate.TEST].sum()), int(rows.fates().sum())
+    assert met >= 12, "more than one pass"
+    line = (
+        f"Warning: {met} of the {read} training rows read so far are test rows of this run too, word for word: they are"
+    )
+    assert rows.told(rows.fates()) == [f"{line} left out."]
+
+
+def test_a_stream_of_test_rows_alone_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(3 * (json.dumps({"text": "same"}) + "\n"))
+    (spec,) = parse_dataset_args(f"{path}[test:1]")
+    source, test = open_source(spec, TEXT)
+    assert test is not None
+    rows = streamed_rows([source], StreamPlan(seed=0, group=2, steps=5), CHARS, length=3, held=digests([test]))
+    with pytest.raises(
+        DataError, match=r"all rows to train on are test rows of this run too, word for word. Choose other"
+    ):
+        rows[0]
+
+
+@pytest.mark.parametrize("stop", [0, 24, 36])
+def test_what_is_cut_and_left_out_is_counted_and_a_stop_does_not_change_it(tmp_path: Path, stop: int) -> None:
+    path = tmp_path / "a.jsonl"
+    silent = {"conversations": [{"from": "human", "value": "?"}]}
+    kinds = [talk(1, 1), talk(1, 2), talk(10**40, 1), silent]
+    path.write_text("".join(json.dumps(row) + "\n" for row in 10 * kinds))
+    (spec,) = parse_dataset_args(str(path))
+    short = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1!"}]
+    length = len(CHARS.apply_chat_template(short, tokenize=True)["input_ids"]) + 3
+
+    def opened() -> StreamedRows:
+        source, _ = open_source(spec, Reading(column="messages"))
+        plan = StreamPlan(seed=0, group=4, steps=20)
+        return streamed_rows([source], plan, CHARS, fitting=Fitting(max_length=length))
+
+    def read(rows: StreamedRows, samples: range) -> None:
+        for sample in samples:
+            rows.note(torch.tensor([rows[sample]["cursor"]]))
+
+    rows, resumed = opened(), opened()
+    read(rows, range(stop))
+    rows.save(tmp_path, 0)
+    resumed.load(tmp_path)
+    read(resumed, range(stop, 41))  # 20 of a pass are learnt
+    found = resumed.fates().sum(0)
+    assert found[: Fate.LEFT_OUT].sum() == 40, "the last row's conversation is in hand"
+    assert found[: Fate.LEFT_OUT].tolist() == [20, 20]
+    assert all(20 <= n <= 30 for n in found[Fate.LEFT_OUT : Fate.TEST].tolist()), (
+        "those before it, of the third pass too"
+    )
+    read(rows, range(stop, 41))
+    assert rows.fates().tolist() == resumed.fates().tolist()
+    (line,) = resumed.told(resumed.fates())
+    cut = f"the end of 20 cut off, {found[2]} left out (the cut leaves nothing of an answer), {found[3]} left out (no answer"
+    assert line == (
+        f"training, as read so far: of {found.sum()} conversations, with --truncation right to {length} tokens, {cut} in them)"
+    )
+    assert opened().told(opened().fates()) == []
+
+
+def test_a_stream_that_was_looked_into_can_be_given_to_a_worker(tmp_path: Path) -> None:
+    rows = stream(write(tmp_path / "d", "jsonl", documents(300)))
+    expected = ids(rows, range(20))
+    given = copy.deepcopy(rows)  # goes through what pickling goes through, and cannot copy a generator either
+    assert ids(given, range(20)) == expected
+    assert ids(rows, range(20, 24)) == ids(given, range(20, 24))
 
 
 def test_nothing_to_learn_is_an_error_and_not_an_endless_search(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from dllm.diffusion.objective import (
     batch_count,
     check_normalisation,
     head_loss,
-    masked_loss,
     masked_nll,
     token_weights,
 )
@@ -68,6 +67,11 @@ def joint_nll(ids: tuple[int, ...], joint: Tensor) -> Nll:
         return scores
 
     return nll
+
+
+def masked_loss(nll_N: Tensor, weight_BL: Tensor, masked_BL: Tensor, maskable_BL: Tensor, normalisation: Any) -> Tensor:
+    """What `head_loss` sums, from cross-entropies that are there already."""
+    return (nll_N * token_weights(weight_BL, masked_BL, maskable_BL, normalisation)).sum()
 
 
 def all_masks(n: int) -> Tensor:

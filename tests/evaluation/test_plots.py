@@ -19,7 +19,7 @@ from dllm.pipelines.llada.tokenizer import char_tokenizer
 from dllm.sampling.trace import Trace
 
 LOG: list[dict[str, Any]] = [
-    {"step": step, "tokens": 1000 * step, "seconds": step, "loss": 3.0 / step} for step in range(1, 6)
+    {"step": step, "tokens_seen": 1000 * step, "seconds": step, "loss": 3.0 / step} for step in range(1, 6)
 ]
 SCORES = [Score(puzzles=10, exact=e, tokens_per_forward=n, nfe=40 / n) for e, n in ((1.0, 1), (0.9, 2), (0.1, 40))]
 
@@ -33,7 +33,8 @@ def shape(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    "extra", [[], [{"step": 5, "tokens": 5000, "eval_loss": 0.7}, {"step": 5, "tokens": 5000, "train_runtime": 1.0}]]
+    "extra",
+    [[], [{"step": 5, "tokens_seen": 5000, "eval_loss": 0.7}, {"step": 5, "tokens_seen": 5000, "train_runtime": 1.0}]],
 )
 def test_a_run_is_drawn_into_a_folder_that_is_made(tmp_path: Path, extra: list[dict[str, Any]]) -> None:
     path = tmp_path / "new" / "curves.png"

@@ -30,6 +30,13 @@ COMMON = (
 CHECKPOINTS = ["--save_steps", "1", "--save_total_limit", "9"]
 NORMALISATIONS = ("token", "sequence", "batch")
 TOKEN = ["--loss_normalisation", "token"]
+KINDS = {
+    "packed": ["sft", "--packing", "--pack_eos", "2"],
+    "documents": ["pretrain", "--document_masks", "--continue_from_weights", "--random_length", "0"],
+    "tied": ["sft", "--model_name_or_path", "tied"],
+}
+"""Runs of other kinds, at the two engines that divide what a step makes in ways of their own."""
+DIVIDING = ("zero2", "fsdp")
 
 
 class Engine(NamedTuple):
@@ -48,9 +55,14 @@ ENGINES = {
 
 
 def several(folder: Path, engine: Engine | None, processes: int, runs: dict[str, list[str]]) -> str:
-    """Makes the runs, whose output folders bear their names, in one launch; what it printed."""
+    """Makes the runs, whose output folders bear their names, in one launch; what it printed.
+
+    A run is options of fine-tuning, or the task and options.
+    """
     jobs = folder / f"{next(iter(runs))}.json"
-    jobs.write_text(json.dumps([[*COMMON, *more, "--output_dir", name] for name, more in runs.items()]))
+    words = [more if more[0] in ("pretrain", "sft") else ["sft", *more] for more in runs.values()]
+    named = zip(words, runs, strict=True)
+    jobs.write_text(json.dumps([[task, *COMMON, *more, "--output_dir", name] for (task, *more), name in named]))
     script = [str(HERE / "several_runs.py"), str(jobs)]
     if engine is None:
         return run(["python", *script], folder)
@@ -68,6 +80,8 @@ def first_runs(prefix: str, processes: int) -> dict[str, list[str]]:
     runs = {f"{prefix}-{name}": [*shape(processes), "--loss_normalisation", name] for name in NORMALISATIONS}
     runs[f"{prefix}-token"] += CHECKPOINTS
     runs[f"{prefix}-accumulated"] = shape(processes, 2)
+    if prefix in ("one", *DIVIDING):
+        runs |= {f"{prefix}-{kind}": [*words, *shape(processes)] for kind, words in KINDS.items()}
     return runs
 
 
@@ -86,7 +100,7 @@ def assert_agree(one: Path, other: Path) -> None:
         # fp32 sums in another order: a few units of 6e-8 times the thousand or so terms
         assert found == pytest.approx({step: expected[step] for step in found}, rel=2e-5), key
     # AdamW divides a gradient by its own size, so where one is near nothing rounding shows
-    final, base = weights(one / "checkpoint-final"), weights(one.parent / "base")
+    final, base = weights(one / "checkpoint-final"), weights(one.parent / ("tied" if "tied" in one.name else "base"))
     assert (weights(other / "checkpoint-final") - final).norm() < 2e-3 * (final - base).norm()
 
 
@@ -94,6 +108,7 @@ def assert_agree(one: Path, other: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_workshop(tmp_path_factory.mktemp("engines"))
     save_tiny_model(folder / "base")
+    save_tiny_model(folder / "tied", more={"weight_tying": True})
     answers = [f"{i * i:b}" * (1 + i % 5) for i in range(25)]  # 1 to 45 tokens: the normalisations differ
     chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": a}] for i, a in enumerate(answers)]
     write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
@@ -121,8 +136,9 @@ def test_the_normalisations_differ(folder: Path) -> None:
 
 def test_the_engine_is_the_one_that_was_asked_for(name: str, shown: str) -> None:
     lines = [line for line in shown.splitlines() if "a step is" in line]
-    assert len(lines) == 5
-    assert all("95,424 parameters" in line and "2 processes" in line for line in lines)
+    assert len(lines) == 5 + len(KINDS) * (name in DIVIDING)
+    parameters = ["89,280" if line is lines[-2] and name in DIVIDING else "95,424" for line in lines]
+    assert all(f"{n} parameters" in line and "2 processes" in line for n, line in zip(parameters, lines, strict=True))
     assert all(line.endswith("accumulated; " + ENGINES[name].said) for line in lines)
 
 
@@ -130,6 +146,18 @@ def test_the_engine_is_the_one_that_was_asked_for(name: str, shown: str) -> None
 def test_losses_gradients_and_weights_are_those_of_one_process(name: str, folder: Path, shown: str, made: str) -> None:
     assert len(values(folder / f"{name}-{made}", "loss")) == STEPS
     assert_agree(folder / f"one-{made}", folder / f"{name}-{made}")
+
+
+@pytest.mark.parametrize("made", list(KINDS))
+def test_packed_rows_masked_documents_and_tied_weights_too(name: str, folder: Path, shown: str, made: str) -> None:
+    if name not in DIVIDING:
+        pytest.skip("with DDP and ZeRO-1 each process has whole gradients, and ZeRO-3 divides as FSDP2 does")
+    assert len(values(folder / f"{name}-{made}", "loss")) == STEPS
+    assert_agree(folder / f"one-{made}", folder / f"{name}-{made}")
+    config = load_model(str(folder / f"{name}-{made}" / "checkpoint-final")).config
+    assert config.weight_tying is (made == "tied")
+    if made != "tied":  # what the option changes
+        assert values(folder / f"one-{made}", "loss")[1] != values(folder / "one-sequence", "loss")[1]
 
 
 def test_checkpoints_are_whole_and_can_be_loaded(name: str, folder: Path, shown: str) -> None:

@@ -39,7 +39,7 @@ def test_two_processes(block: Block, tmp_path: Path) -> None:
     assert shown.count("Saved the model") == 1
     (line,) = [row for row in read_log(tmp_path / "models/two/log.jsonl") if "train_loss" in row]
     assert line["step"] == 5
-    assert line["tokens"] == 5 * 2 * 8 * 37
+    assert line["tokens_seen"] == 5 * 2 * 8 * 37
 
 
 @pytest.mark.parametrize(

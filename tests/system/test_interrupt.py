@@ -74,7 +74,7 @@ def assert_is_the_uninterrupted_run(out: Path, uninterrupted: Path) -> None:
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     logs = [read_log(folder / "log.jsonl") for folder in (out, uninterrupted)]
     assert len(logs[1]) > STEPS
-    for key in ("step", "tokens", "loss", "eval_loss"):
+    for key in ("step", "tokens_seen", "loss", "eval_loss"):
         mine, theirs = ([row[key] for row in log if key in row and "train_loss" not in row] for log in logs)
         assert mine == theirs, key
 

@@ -77,10 +77,13 @@ def run(command: list[str] | str, cwd: Path, *, code: int = 0) -> str:
     return done.stdout
 
 
-def save_tiny_model(folder: Path, *, texts: list[str] | None = None, context: int = 128) -> Path:
+def save_tiny_model(
+    folder: Path, *, texts: list[str] | None = None, context: int = 128, more: dict[str, Any] | None = None
+) -> Path:
     """A checkpoint folder as the hub has them, very small: fresh weights, and a tokenizer (BPE where texts are given)."""
     tokenizer = char_tokenizer() if texts is None else bpe_tokenizer(texts, 512)
-    model = fresh_model("tiny", tokenizer, "n_layers=2,d_model=64,mlp_hidden_size=128", context)
+    shape = {"n_layers": 2, "d_model": 64, "mlp_hidden_size": 128, **(more or {})}
+    model = fresh_model("tiny", tokenizer, ",".join(f"{key}={value}" for key, value in shape.items()), context)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -18,7 +18,8 @@ from dllm.training.metrics import QUARTERS
 
 
 def state(step: int, first: bool = True) -> TrainerState:
-    return TrainerState(global_step=step, is_world_process_zero=first)
+    """Of a run whose steps are 100 tokens each."""
+    return TrainerState(global_step=step, is_world_process_zero=first, num_input_tokens_seen=100 * step)
 
 
 @pytest.fixture
@@ -30,18 +31,17 @@ class Run:
     """A run that logs what it is told, without a model."""
 
     def __init__(self, args: TrainingArguments, begin: int = 0) -> None:
-        self.args, self.tokens = args, 0
-        self.log = JsonLog(lambda: self.tokens)
+        self.args = args
+        self.log = JsonLog()
         self.log.on_train_begin(args, state(begin), TrainerControl())
 
     def step(self, step: int, **logs: Any) -> None:
-        self.tokens += 100
         if logs:
             self.log.on_log(self.args, state(step), TrainerControl(), logs=logs)
 
 
 def steps_and_tokens(args: TrainingArguments) -> list[tuple[int, int]]:
-    return [(row["step"], row["tokens"]) for row in read_log(Path(str(args.output_dir)) / "log.jsonl")]
+    return [(row["step"], row["tokens_seen"]) for row in read_log(Path(str(args.output_dir)) / "log.jsonl")]
 
 
 def test_a_line_is_what_was_logged_with_step_tokens_and_seconds(args: TrainingArguments) -> None:
@@ -50,7 +50,7 @@ def test_a_line_is_what_was_logged_with_step_tokens_and_seconds(args: TrainingAr
     run.step(2, loss=2.5, epoch=0.5)
     (row,) = read_log(Path(str(args.output_dir)) / "log.jsonl")
     assert row.pop("seconds") >= 0
-    assert row == {"step": 2, "tokens": 200, "loss": 2.5, "epoch": 0.5}
+    assert row == {"step": 2, "tokens_seen": 200, "loss": 2.5, "epoch": 0.5}
 
 
 def test_a_resumed_run_goes_on_counting_and_drops_what_came_after(args: TrainingArguments) -> None:
@@ -65,7 +65,7 @@ def test_a_resumed_run_goes_on_counting_and_drops_what_came_after(args: Training
 
 def test_seconds_go_on_too(args: TrainingArguments) -> None:
     path = Path(str(args.output_dir)) / "log.jsonl"
-    path.write_text(json.dumps({"step": 3, "tokens": 5, "seconds": 1000.0, "loss": 1.0}) + "\n")
+    path.write_text(json.dumps({"step": 3, "tokens_seen": 5, "seconds": 1000.0, "loss": 1.0}) + "\n")
     Run(args, begin=3).step(4, loss=0.5)
     assert read_log(path)[1]["seconds"] >= 1000
 
@@ -80,7 +80,7 @@ def test_the_summary_of_a_stopped_run_is_dropped_and_nothing_is_written_twice(ar
     resumed.step(2, loss=0.9)
     rows = read_log(Path(str(args.output_dir)) / "log.jsonl")
     assert [sorted({"loss", "eval_loss", "train_loss"} & set(row))[0] for row in rows] == ["loss", "eval_loss", "loss"]
-    assert [row["tokens"] for row in rows] == [100, 100, 200]
+    assert [row["tokens_seen"] for row in rows] == [100, 100, 200]
 
 
 def test_a_new_run_starts_a_new_log(args: TrainingArguments) -> None:
@@ -95,17 +95,19 @@ def test_a_half_written_last_line_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_only_the_first_process_writes(args: TrainingArguments, tmp_path: Path) -> None:
-    log = JsonLog(lambda: 0)
+    log = JsonLog()
     log.on_train_begin(args, state(0, first=False), TrainerControl())
     log.on_log(args, state(1, first=False), TrainerControl(), logs={"loss": 1.0})
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("save", [True, False])
-def test_there_is_a_line_at_every_checkpoint(args: TrainingArguments, save: bool) -> None:
-    control = TrainerControl(should_save=save)
-    JsonLog(lambda: 0).on_step_end(args, state(3), control)
-    assert control.should_log is save
+@pytest.mark.parametrize("what", ["should_save", "should_evaluate", "should_training_stop", None])
+def test_there_is_a_line_at_every_checkpoint_and_evaluation_and_at_the_end(
+    args: TrainingArguments, what: str | None
+) -> None:
+    control = TrainerControl(**({what: True} if what else {}))
+    JsonLog().on_step_end(args, state(3), control)
+    assert control.should_log is (what is not None)
 
 
 @pytest.mark.parametrize(

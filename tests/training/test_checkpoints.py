@@ -53,6 +53,52 @@ def test_a_checkpoint_without_a_whole_seal_is_not_whole(tmp_path: Path, content:
     assert fault(tmp_path) == "files.json, which is written last, is not there"
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unfinished, folder = tmp_path / UNFINISHED / "checkpoint-2", tmp_path / "checkpoint-2"
+    make_checkpoint(unfinished)
+    wanted = [os.path.relpath(path, unfinished) for path in [unfinished, *unfinished.rglob("*")]]
+    events: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle: int) -> None:
+        events.append(os.path.realpath(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def watched_replace(source: Path, target: Path) -> None:
+        events.append(f"rename to {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    put_in_place(unfinished, folder)
+    place = events.index("rename to checkpoint-2")
+    assert sorted(events[:place]) == sorted(os.path.normpath(unfinished / name) for name in wanted)
+    assert events[place + 1 :] == [str(tmp_path)], "the rename itself"
+    assert fault(folder) is None
+
+
+@pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.ENOSPC, False)])
+def test_a_file_system_that_cannot_wait_is_passed_over_and_a_full_disk_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, passes: bool
+) -> None:
+    unfinished, folder = tmp_path / UNFINISHED / "checkpoint-2", tmp_path / "checkpoint-2"
+    make_checkpoint(unfinished)
+
+    def fails(handle: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fails)
+    if passes:
+        put_in_place(unfinished, folder)
+    else:
+        with pytest.raises(OSError, match="No space left") as caught:
+            put_in_place(unfinished, folder)
+        assert no_room(caught.value)
+    assert folder.exists() is passes
+
+
 def test_the_last_whole_checkpoint_is_that_of_the_highest_step(tmp_path: Path) -> None:
     assert last_whole(tmp_path) is None
     for step in (9, 10, 100):

@@ -65,8 +65,19 @@ def test_the_final_model_holds_no_pickle_and_loads_again(pretrained: Done) -> No
 def test_the_log_has_every_step_once_and_the_evaluation(pretrained: Done) -> None:
     rows = read_log(pretrained.output / "log.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
-    assert [row["tokens"] for row in rows if "loss" in row] == [48, 96, 144, 192]
+    assert [row["tokens_seen"] for row in rows if "loss" in row] == [48, 96, 144, 192]
     assert [row["step"] for row in rows if "eval_loss" in row] == [4]
+
+
+def test_every_line_of_the_log_counts_the_tokens_up_to_its_step(tmp_path: Path) -> None:
+    options = ["--logging_steps", "3", "--eval_strategy", "steps", "--eval_steps", "2", "--save_strategy", "no"]
+    llada.pretrain([*PRETRAIN, *options, "--max_steps", "5", "--output_dir", str(tmp_path / "run")])
+    rows = read_log(tmp_path / "run" / "log.jsonl")
+    kinds = ("loss", "eval_loss", "train_loss")
+    found = [(next(kind for kind in kinds if kind in row), row["step"], row["tokens_seen"]) for row in rows]
+    assert sorted({(step, tokens) for _, step, tokens in found}) == [(n, 48 * n) for n in (2, 3, 4, 5)]
+    assert [step for kind, step, _ in found if kind == "loss"] == [2, 3, 4, 5]
+    assert not any("tokens" in row for row in rows), "one counter"
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
@@ -122,9 +133,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     final = llada.pretrain([*argv, "--resume_from_checkpoint", "auto"])
     assert equal(weights(final), weights(pretrained.final))
     numbers = [
-        [(row["step"], row["tokens"], row.get("loss"), row.get("eval_loss"), row.get("train_loss")) for row in rows][
-            :-2
-        ]
+        [
+            (row["step"], row["tokens_seen"], row.get("loss"), row.get("eval_loss"), row.get("train_loss"))
+            for row in rows
+        ][:-2]
         for rows in (read_log(tmp_path / "run" / "log.jsonl"), read_log(pretrained.output / "log.jsonl"))
     ]
     assert numbers[0] == numbers[1]

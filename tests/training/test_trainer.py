@@ -192,7 +192,7 @@ def test_tokens_are_counted_with_their_padding(make_trainer: MakeTrainer, task: 
     data = trainer.train_dataset
     data.set_epoch(0)
     rows = [data[i] for i in range(8)]
-    assert trainer.tokens_seen == (8 * 12 if task == "pretrain" else sum(row["pad_to"] for row in rows))
+    assert trainer.state.num_input_tokens_seen == (8 * 12 if task == "pretrain" else sum(row["pad_to"] for row in rows))
 
 
 def test_local_padding_pads_less(make_trainer: MakeTrainer) -> None:
@@ -201,7 +201,7 @@ def test_local_padding_pads_less(make_trainer: MakeTrainer) -> None:
         trainer = make_trainer("sft", pad_to=pad_to, max_steps=2, per_device_train_batch_size=1,
                                gradient_accumulation_steps=4)  # fmt: skip
         trainer.train()
-        seen[pad_to] = trainer.tokens_seen
+        seen[pad_to] = trainer.state.num_input_tokens_seen
     assert seen["local"] < seen["global"]
 
 
