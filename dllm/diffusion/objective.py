@@ -48,6 +48,7 @@ def is_plain(head: nn.Module) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and weight.dim() == 2  # dim 1: divided by ZeRO-3; meta: offloaded
         and weight.device.type != "meta"
+        and not (head._forward_hooks or head._forward_pre_hooks)  # of tensor parallelism: the weight is a part
     )
 
 

@@ -13,19 +13,19 @@ Source: LLaDA, arXiv:2502.09992, Algorithms 4 and 5 and the published sampler.
 from __future__ import annotations
 
 import dataclasses
-import typing
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dllm.layers.attention import AttentionPlan, RaggedRows
 from dllm.sampling.config import SamplingConfig
-from dllm.sampling.network import Network, Pass, Reuse
+from dllm.sampling.network import Network, Reuse
+from dllm.sampling.packing import Blocks, pack, pack_with_shadow
 from dllm.sampling.policies import POLICIES
 from dllm.sampling.proposals import Keys, Proposals, Question, chance, propose
-from dllm.sampling.rows import Request, Rows, SpecialTokens, block_width, compacted, rows_of, scheduled
+from dllm.sampling.rows import Request, Rows, SpecialTokens, compacted, rows_of, scheduled
 from dllm.sampling.statistics import Statistics
 from dllm.sampling.trace import StepEvent
 
@@ -39,6 +39,10 @@ class Finished(NamedTuple):
     steps: int
     failed: bool
     """The model gave something that is no number; the canvas is what it was before."""
+
+
+LAG = 2
+"""Steps after which the host reads which rows are done, where it must not wait for the device."""
 
 
 def alike(config: SamplingConfig) -> SamplingConfig:
@@ -65,6 +69,9 @@ class Batch:
         device: where the network lives.
         reuse: the cache, or None to compute everything.
         watch: whether `step` gives an event.
+        waits: whether the host may wait for the device in a step, to leave out what need not be computed; by default on a CPU,
+            which does not wait. Otherwise shapes do not depend on values: the head runs at all places of the blocks, rows are
+            padded to the longest, and which rows are done is read `LAG` steps late (a cache still waits once a step).
     """
 
     def __init__(
@@ -76,15 +83,21 @@ class Batch:
         *,
         reuse: Reuse | None = None,
         watch: bool = False,
+        waits: bool | None = None,
     ) -> None:
         self.network, self.config, self.tokens, self.device = network, config, tokens, torch.device(device)
         self.reuse, self.watch = reuse, watch
+        self.waits = self.device.type == "cpu" if waits is None else waits
+        self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = (
+            deque()
+        )  # which rows were done after the last steps
         self.policy = POLICIES[config.policy]
         self.options = config.policy_options
         self.branches = 2 if config.cfg_scale > 0 else 1
         self.rows: Rows | None = None
         self.names: list[Hashable] = []
         self.requests: list[Request] = []
+        self._sizes: list[Size] = []  # of each row: what the host knows without asking the device
         self.nfe = 0
         self._ends = torch.tensor(tokens.ends, dtype=torch.int64, device=device)
         self._needs = self.policy.needs
@@ -113,19 +126,32 @@ class Batch:
         self.rows = new if self.rows is None else self.rows.joined(new)
         self.names += names
         self.requests += requests
+        self._sizes += map(size_of, requests)
         if self.reuse is not None:
             self.reuse.admit(len(self.rows) * self.branches, self.rows.ids_RL.shape[1])
 
     def take_finished(self) -> list[Finished]:
-        """The rows that are done leave."""
+        """The rows that are done leave; without waiting for the device, some steps after they are."""
         if self.rows is None:
             return []
-        done = self.rows.done_R.tolist()
-        leaving = [row for row, is_done in enumerate(done) if is_done]
+        done_R, event = self.rows.done_R, None
+        if not self.waits:
+            if done_R.device.type == "cuda":
+                done_R = done_R.to("cpu", non_blocking=True)
+                event = torch.cuda.Event()
+                event.record()
+            self._flags.append((done_R, event))
+            if len(self._flags) <= LAG:
+                return []
+            done_R, event = self._flags.popleft()
+            if event is not None:
+                event.synchronize()
+        leaving = [row for row, is_done in enumerate(done_R.tolist()) if is_done]
         return self.remove(leaving) if leaving else []
 
     def remove(self, leaving: Sequence[int]) -> list[Finished]:
         """These rows leave, done or not."""
+        self._flags.clear()  # they tell of rows by their old places
         rows = self.rows
         assert rows is not None
         index = torch.tensor(leaving, device=self.device)
@@ -140,11 +166,11 @@ class Batch:
         stay = compacted(len(rows), leaving)
         self.names = [self.names[row] for row in stay]
         self.requests = [self.requests[row] for row in stay]
+        self._sizes = [self._sizes[row] for row in stay]
         if not stay:
             self.rows = self._before = None
         else:
-            length = max(len(request.canvas) for request in self.requests)
-            places = max(1, max(int(request.masked.sum()) for request in self.requests))
+            length, places = (max(column) for column in list(zip(*self._sizes, strict=True))[:2])
             index = torch.tensor(stay, device=self.device)
             self.rows = rows.kept(index, length, places)
             if self._before is not None:
@@ -162,7 +188,7 @@ class Batch:
         """
         rows = self.rows
         assert rows is not None
-        W = max(block_width(request) for request in self.requests)
+        W = max(size.width for size in self._sizes)
         offset_RW = rows.start_R[:, None] + torch.arange(W, device=self.device)
         valid_RW = offset_RW < rows.end_R[:, None]
         offset_RW = offset_RW.clamp(max=rows.place_RM.shape[1] - 1)
@@ -197,7 +223,11 @@ class Batch:
         """The forward, and what it says of the current blocks; the candidates' probabilities [R, W] beside it."""
         committed_RW = valid_RW & ~open_RW
         asked_RW = valid_RW if "verified" in self._needs else open_RW
-        row_N, w_N = asked_RW.nonzero(as_tuple=True)
+        if self.waits:
+            row_N, w_N = asked_RW.nonzero(as_tuple=True)
+        else:
+            place_N = torch.arange(asked_RW.numel(), device=self.device)
+            row_N, w_N = place_N // asked_RW.shape[1], place_N % asked_RW.shape[1]
         position_N = place_RW[row_N, w_N]
         keys = Keys(rows.seed_R[row_N], rows.request_R[row_N], position_N, rows.step_R[row_N])
         question = Question(
@@ -208,7 +238,21 @@ class Batch:
             self._asked,
             rows.ids_RL[row_N, position_N] if "verified" in self._needs else None,
         )
-        work = self._pass(rows, place_RW, valid_RW, open_RW, row_N, w_N)
+        blocks = Blocks(place_RW, valid_RW, open_RW)
+        if "verified" in self._needs:
+            work = pack_with_shadow(rows, blocks, row_N, w_N, branches=self.branches, mask=self.tokens.mask)
+        else:
+            lengths_P = [size.length for size in self._sizes for _ in range(self.branches)]
+            work = pack(
+                rows,
+                blocks,
+                (row_N, w_N),
+                lengths_P,
+                branches=self.branches,
+                mask=self.tokens.mask,
+                reuse=self.reuse,
+                waits=self.waits,
+            )
         found = self.network(work, lambda head, hidden_MD: propose(head, hidden_MD, question))
 
         def spread(values_N: Tensor, fill: float = 0) -> Tensor:
@@ -225,9 +269,8 @@ class Batch:
         elif self.config.remasking == "entropy":
             assert found.entropy_N is not None
             confidence_N = -found.entropy_N
-        if (
-            self.config.eos_last
-        ):  # below every other, their own order kept; an entropy is at most the log of the vocabulary
+        if self.config.eos_last:
+            # below every other, their own order kept; an entropy is at most the log of the vocabulary
             lower = 64 if self.config.remasking == "entropy" else 2
             confidence_N = confidence_N - lower * torch.isin(found.token_N, self._ends)
         statistics = Statistics(
@@ -262,75 +305,6 @@ class Batch:
         known_RM[row_N, offset_N] = True
         self._before = (log_p_RMV, known_RM)
         return spread(change_N)
-
-    def _pass(
-        self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, open_RW: Tensor, row_N: Tensor, w_N: Tensor
-    ) -> Pass:
-        """The tokens of the forward: row p is branch p % branches of row p // branches."""
-        B, (R, L) = self.branches, rows.ids_RL.shape
-        ids_PL = rows.ids_RL
-        if B == 2:
-            hidden_RL = ids_PL.masked_fill(rows.given_RL, self.tokens.mask)
-            ids_PL = torch.stack([ids_PL, hidden_RL], 1).flatten(0, 1)
-        lengths = [len(request.canvas) for request in self.requests for _ in range(B)]
-        if "verified" in self._needs:
-            return self._pass_with_shadow(rows, ids_PL, place_RW, valid_RW, open_RW, row_N, w_N)
-        wanted_PN = [row_N * B + branch for branch in range(B)]
-        position_N = place_RW[row_N, w_N]
-        if self.reuse is None and min(lengths) == L:
-            position_T = torch.arange(L, device=self.device).repeat(R * B)
-            wanted_M = torch.cat([p_N * L + position_N for p_N in wanted_PN])
-            return Pass(ids_PL.flatten(), position_T, wanted_M, RaggedRows(lengths, self.device), lengths)
-        compute_RL = rows.real_RL if self.reuse is None else self.reuse.compute(rows, place_RW, valid_RW)
-        compute_PL = compute_RL.repeat_interleave(B, 0)
-        row_T, position_T = compute_PL.nonzero(as_tuple=True)
-        order_PL = (compute_PL.flatten().cumsum(0) - 1).view(R * B, L)
-        wanted_M = torch.cat([order_PL[p_N, position_N] for p_N in wanted_PN])
-        if self.reuse is None:
-            tokens_P, plan = lengths, typing.cast(AttentionPlan, RaggedRows(lengths, self.device))
-        else:
-            tokens_P = compute_PL.sum(1).tolist()
-            plan = self.reuse.plan(row_T, position_T, tokens_P, lengths)
-        return Pass(ids_PL[row_T, position_T], position_T, wanted_M, plan, tokens_P)
-
-    def _pass_with_shadow(
-        self,
-        rows: Rows,
-        ids_PL: Tensor,
-        place_RW: Tensor,
-        valid_RW: Tensor,
-        open_RW: Tensor,
-        row_N: Tensor,
-        w_N: Tensor,
-    ) -> Pass:
-        """Every row is followed by a mask for each place of its block: a shadow that sees all but the token in its place.
-
-        The row does not see its shadow. Committed places are read from the shadow, open ones from the row. Source: WINO,
-        arXiv:2507.18578.
-        """
-        B, (P, L), W = self.branches, ids_PL.shape, place_RW.shape[1]
-        shadow_PW = place_RW.repeat_interleave(B, 0)
-        ids_PQ = torch.cat([ids_PL, torch.full_like(shadow_PW, self.tokens.mask)], 1)
-        position_PQ = torch.cat([torch.arange(L, device=self.device).expand(P, L), shadow_PW], 1)
-        real_PL = rows.real_RL.repeat_interleave(B, 0)
-        visible_PQQ = torch.zeros(P, L + W, L + W, dtype=torch.bool, device=self.device)
-        visible_PQQ[:, :, :L] = real_PL[:, None]
-        visible_PQQ[:, L:, :L] &= torch.arange(L, device=self.device) != shadow_PW[:, :, None]
-        visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=self.device)
-        at_N = torch.where(open_RW[row_N, w_N], place_RW[row_N, w_N], L + w_N)
-        if self.reuse is not None:  # the shadow's keys and values lie behind the row's; only committed places need one
-            compute_RL = self.reuse.compute(rows, place_RW, valid_RW)
-            compute_PQ = torch.cat([compute_RL, valid_RW & ~open_RW], 1).repeat_interleave(B, 0)
-            row_T, place_T = compute_PQ.nonzero(as_tuple=True)
-            order_PQ = (compute_PQ.flatten().cumsum(0) - 1).view(P, L + W)
-            wanted_M = torch.cat([order_PQ[row_N * B + branch, at_N] for branch in range(B)])
-            tokens_P: list[int] = compute_PQ.sum(1).tolist()
-            plan = self.reuse.plan(row_T, place_T, tokens_P, [L + W] * P, visible_PQQ[row_T, place_T])
-            return Pass(ids_PQ[row_T, place_T], position_PQ[row_T, place_T], wanted_M, plan, tokens_P)
-        wanted_M = torch.cat([(row_N * B + branch) * (L + W) + at_N for branch in range(B)])
-        lengths = [L + W] * P
-        shadowed = RaggedRows(lengths, self.device, visible_PQQ[:, None])
-        return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, shadowed, lengths)
 
     def _write(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, changed_RW: Tensor, token_RW: Tensor) -> None:
         """Commits into the canvases; a place beyond the row's own block writes nothing."""

@@ -146,7 +146,9 @@ def _reduce(chunks: Iterator[tuple[int, Tensor]], question: Question) -> Proposa
         C = logits_NC.shape[1]
         never = [token - start for token in question.never if start <= token < start + C]
         if never:
-            logits_NC = logits_NC.index_fill(1, torch.tensor(never, device=device), -torch.inf)
+            logits_NC = logits_NC.clone()
+            for token in never:
+                logits_NC[:, token].fill_(-torch.inf)
         best_N, place_N = logits_NC.max(1)
         new_top_N = torch.maximum(top_N, best_N)
         power_NC = (logits_NC - new_top_N[:, None]).exp_()

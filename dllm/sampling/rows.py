@@ -126,10 +126,21 @@ def _padded(one: Tensor, two: Tensor) -> list[Tensor]:
     return [torch.nn.functional.pad(x, (0, columns - x.shape[1])) for x in (one, two)]
 
 
-def block_width(request: Request) -> int:
-    """Places of the request's widest block."""
+class Size(NamedTuple):
+    """What the host knows of a row."""
+
+    length: int
+    """Positions of the canvas."""
+    places: int
+    """Masks, at least 1."""
+    width: int
+    """Places of its widest block."""
+
+
+def size_of(request: Request) -> Size:
+    """The request's size in positions."""
     places = max(1, int(request.masked.sum()))
-    return min(places, request.config.block_length or places)
+    return Size(len(request.canvas), places, min(places, request.config.block_length or places))
 
 
 def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
@@ -142,7 +153,7 @@ def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
     masked_RL = _stacked([request.masked for request in requests], False)
     ids_RL = _stacked([request.canvas for request in requests], mask_token_id).masked_fill(masked_RL, mask_token_id)
     given_RL = _stacked([~request.masked for request in requests], False)
-    places_R, width_R = masked_RL.sum(1), torch.tensor([block_width(request) for request in requests])
+    places_R, width_R = masked_RL.sum(1), torch.tensor([size_of(request).width for request in requests])
     place_RM = masked_RL.long().argsort(dim=1, descending=True, stable=True)[:, : int(places_R.max())]
     for row, request in enumerate(requests):
         check_steps(request)
@@ -193,7 +204,7 @@ def compacted(rows: int, leaving: Collection[int]) -> list[int]:
 def check_steps(request: Request) -> None:
     """Raises OptionError where the request has fewer steps than blocks."""
     config, places = request.config, int(request.masked.sum())
-    blocks = -(-places // block_width(request))
+    blocks = -(-places // size_of(request).width)
     if config.steps is not None and config.steps < blocks:
         raise OptionError(
             f"steps={config.steps} is fewer than the {blocks} blocks of block_length={config.block_length}: every block needs "

@@ -1,0 +1,113 @@
+"""The forward of a step: which tokens go through the network, one row after the other, and whose states are read.
+
+Shapes: R rows, P rows of the pass (twice R with guidance: row p is branch p % branches of row p // branches), L positions of
+the longest, W places of the widest current block, T tokens of the pass, N positions that are asked for, M = N * branches.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dllm.layers.attention import AttentionPlan, RaggedRows
+from dllm.sampling.network import Pass, Reuse
+from dllm.sampling.rows import Rows
+
+
+class Blocks(NamedTuple):
+    """The places of the rows' current blocks, in reading order."""
+
+    place_RW: Tensor
+    """int64: positions in the canvas."""
+    valid_RW: Tensor
+    """bool: which of them are the row's own, and not padding."""
+    open_RW: Tensor
+    """bool: still masked."""
+
+
+def pack(
+    rows: Rows,
+    blocks: Blocks,
+    asked: tuple[Tensor, Tensor],
+    lengths_P: list[int],
+    *,
+    branches: int,
+    mask: int,
+    reuse: Reuse | None,
+    waits: bool,
+) -> Pass:
+    """The rows one after the other, without padding where the host may wait for the device; of a cache's, what it computes.
+
+    Args:
+        rows: their state.
+        blocks: their current blocks.
+        asked: (row, place of its block) of the N positions whose states are read, int64 each.
+        lengths_P: positions of each row of the pass.
+        branches: 2 with guidance, else 1.
+        mask: the mask token.
+        reuse: the cache, or None.
+        waits: whether the host may wait for the device; if not, and without a cache, rows are padded to the longest.
+    """
+    R, L = rows.ids_RL.shape
+    ids_PL = _branches(rows, branches, mask)
+    row_N, w_N = asked
+    position_N = blocks.place_RW[row_N, w_N]
+    wanted_BN = [row_N * branches + branch for branch in range(branches)]
+    if reuse is None and (min(lengths_P) == L or not waits):
+        position_T = torch.arange(L, device=ids_PL.device).repeat(R * branches)
+        wanted_M = torch.cat([p_N * L + position_N for p_N in wanted_BN])
+        visible = None if min(lengths_P) == L else rows.real_RL.repeat_interleave(branches, 0)[:, None, None]
+        tokens_P = [L] * R * branches
+        return Pass(ids_PL.flatten(), position_T, wanted_M, RaggedRows(tokens_P, ids_PL.device, visible), tokens_P)
+    compute_RL = rows.real_RL if reuse is None else reuse.compute(rows, blocks.place_RW, blocks.valid_RW)
+    compute_PL = compute_RL.repeat_interleave(branches, 0)
+    row_T, position_T = compute_PL.nonzero(as_tuple=True)
+    order_PL = (compute_PL.flatten().cumsum(0) - 1).view(R * branches, L)
+    wanted_M = torch.cat([order_PL[p_N, position_N] for p_N in wanted_BN])
+    plan: AttentionPlan
+    if reuse is None:
+        tokens_P, plan = lengths_P, RaggedRows(lengths_P, ids_PL.device)
+    else:
+        tokens_P = compute_PL.sum(1).tolist()
+        plan = reuse.plan(row_T, position_T, tokens_P, lengths_P)
+    return Pass(ids_PL[row_T, position_T], position_T, wanted_M, plan, tokens_P)
+
+
+def pack_with_shadow(rows: Rows, blocks: Blocks, row_N: Tensor, w_N: Tensor, *, branches: int, mask: int) -> Pass:
+    """Every row, and after it a mask for each place of its block: a shadow that sees all but the token in its place.
+
+    The row does not see its shadow. Committed places are read from the shadow, open ones from the row.
+
+    Args:
+        rows: see `pack`.
+        blocks: see `pack`.
+        row_N: see `pack`.
+        w_N: see `pack`.
+        branches: see `pack`.
+        mask: see `pack`.
+
+    Source: WINO, arXiv:2507.18578.
+    """
+    ids_PL = _branches(rows, branches, mask)
+    (P, L), W, device = ids_PL.shape, blocks.place_RW.shape[1], ids_PL.device
+    shadow_PW = blocks.place_RW.repeat_interleave(branches, 0)
+    ids_PQ = torch.cat([ids_PL, torch.full_like(shadow_PW, mask)], 1)
+    position_PQ = torch.cat([torch.arange(L, device=device).expand(P, L), shadow_PW], 1)
+    visible_PQQ = torch.zeros(P, L + W, L + W, dtype=torch.bool, device=device)
+    visible_PQQ[:, :, :L] = rows.real_RL.repeat_interleave(branches, 0)[:, None]
+    visible_PQQ[:, L:, :L] &= torch.arange(L, device=device) != shadow_PW[:, :, None]
+    visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=device)
+    at_N = torch.where(blocks.open_RW[row_N, w_N], blocks.place_RW[row_N, w_N], L + w_N)
+    wanted_M = torch.cat([(row_N * branches + branch) * (L + W) + at_N for branch in range(branches)])
+    tokens_P = [L + W] * P
+    plan = RaggedRows(tokens_P, device, visible_PQQ[:, None])
+    return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, plan, tokens_P)
+
+
+def _branches(rows: Rows, branches: int, mask: int) -> Tensor:
+    """int64 [P, L]: the canvases, each followed by what guidance's unconditional branch sees of it."""
+    if branches == 1:
+        return rows.ids_RL
+    return torch.stack([rows.ids_RL, rows.ids_RL.masked_fill(rows.given_RL, mask)], 1).flatten(0, 1)
