@@ -25,7 +25,7 @@ from dllm.sampling.network import Network, Reuse
 from dllm.sampling.packing import Blocks, pack, pack_with_shadow
 from dllm.sampling.policies import POLICIES
 from dllm.sampling.proposals import Keys, Proposals, Question, chance, propose
-from dllm.sampling.rows import Request, Rows, SpecialTokens, compacted, rows_of, scheduled
+from dllm.sampling.rows import Request, Rows, Size, SpecialTokens, compacted, rows_of, scheduled, size_of
 from dllm.sampling.statistics import Statistics
 from dllm.sampling.trace import StepEvent
 
@@ -240,7 +240,9 @@ class Batch:
         )
         blocks = Blocks(place_RW, valid_RW, open_RW)
         if "verified" in self._needs:
-            work = pack_with_shadow(rows, blocks, row_N, w_N, branches=self.branches, mask=self.tokens.mask)
+            work = pack_with_shadow(
+                rows, blocks, row_N, w_N, branches=self.branches, mask=self.tokens.mask, reuse=self.reuse
+            )
         else:
             lengths_P = [size.length for size in self._sizes for _ in range(self.branches)]
             work = pack(

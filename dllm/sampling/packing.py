@@ -75,7 +75,9 @@ def pack(
     return Pass(ids_PL[row_T, position_T], position_T, wanted_M, plan, tokens_P)
 
 
-def pack_with_shadow(rows: Rows, blocks: Blocks, row_N: Tensor, w_N: Tensor, *, branches: int, mask: int) -> Pass:
+def pack_with_shadow(
+    rows: Rows, blocks: Blocks, row_N: Tensor, w_N: Tensor, *, branches: int, mask: int, reuse: Reuse | None
+) -> Pass:
     """Every row, and after it a mask for each place of its block: a shadow that sees all but the token in its place.
 
     The row does not see its shadow. Committed places are read from the shadow, open ones from the row.
@@ -87,6 +89,7 @@ def pack_with_shadow(rows: Rows, blocks: Blocks, row_N: Tensor, w_N: Tensor, *, 
         w_N: see `pack`.
         branches: see `pack`.
         mask: see `pack`.
+        reuse: see `pack`.
 
     Source: WINO, arXiv:2507.18578.
     """
@@ -100,10 +103,20 @@ def pack_with_shadow(rows: Rows, blocks: Blocks, row_N: Tensor, w_N: Tensor, *, 
     visible_PQQ[:, L:, :L] &= torch.arange(L, device=device) != shadow_PW[:, :, None]
     visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=device)
     at_N = torch.where(blocks.open_RW[row_N, w_N], blocks.place_RW[row_N, w_N], L + w_N)
-    wanted_M = torch.cat([(row_N * branches + branch) * (L + W) + at_N for branch in range(branches)])
-    tokens_P = [L + W] * P
-    plan = RaggedRows(tokens_P, device, visible_PQQ[:, None])
-    return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, plan, tokens_P)
+    if reuse is None:
+        wanted_M = torch.cat([(row_N * branches + branch) * (L + W) + at_N for branch in range(branches)])
+        tokens_P = [L + W] * P
+        shadowed = RaggedRows(tokens_P, device, visible_PQQ[:, None])
+        return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, shadowed, tokens_P)
+    # the shadow's keys and values lie behind the row's; only committed places need one
+    compute_RL = reuse.compute(rows, blocks.place_RW, blocks.valid_RW)
+    compute_PQ = torch.cat([compute_RL, blocks.valid_RW & ~blocks.open_RW], 1).repeat_interleave(branches, 0)
+    row_T, place_T = compute_PQ.nonzero(as_tuple=True)
+    order_PQ = (compute_PQ.flatten().cumsum(0) - 1).view(P, L + W)
+    wanted_M = torch.cat([order_PQ[row_N * branches + branch, at_N] for branch in range(branches)])
+    tokens_P = compute_PQ.sum(1).tolist()
+    plan = reuse.plan(row_T, place_T, tokens_P, [L + W] * P, visible_PQQ[row_T, place_T])
+    return Pass(ids_PQ[row_T, place_T], position_PQ[row_T, place_T], wanted_M, plan, tokens_P)
 
 
 def _branches(rows: Rows, branches: int, mask: int) -> Tensor:
