@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dllm.layers.attention import RaggedRows
 from dllm.sampling.batch import LAG, Batch
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.network import Pass
@@ -24,8 +25,9 @@ def network(work: Pass, readout: Any) -> Proposals:
     lengths = torch.tensor(work.tokens_P)
     row_T = torch.repeat_interleave(torch.arange(len(lengths)), lengths, output_size=sum(work.tokens_P))
     bits_T = (work.ids_T + 1) * (work.position_T + 3) * 1_000_003
-    if (visible := getattr(work.plan, "visible", None)) is not None:  # padding is hidden
-        bits_T = bits_T * visible[:, 0, 0].flatten()
+    assert isinstance(work.plan, RaggedRows)
+    if work.plan.even and work.plan.visible is not None:  # padding is hidden
+        bits_T = bits_T * work.plan.visible[:, 0, 0].flatten()
     context_P = torch.zeros(len(lengths), dtype=torch.int64).index_add(0, row_T, bits_T)
     seen_N = context_P[row_T[work.wanted_M]]
     logits_NV = (seen_N[:, None] * 31 + work.position_T[work.wanted_M][:, None] * 17 + torch.arange(V) * 7919) % 97
