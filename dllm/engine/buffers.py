@@ -105,11 +105,15 @@ class KeyValues:
         return True
 
     def write(self, layer: int, row_T: Tensor, position_T: Tensor, key_TGK: Tensor, value_TGK: Tensor) -> None:
-        """Puts keys and values at their places; no (row, position) may come twice."""
-        self.key[layer][row_T, :, position_T] = key_TGK.to(
-            self.dtype
-        )  # autocast and quantised layers have dtypes of their own
-        self.value[layer][row_T, :, position_T] = value_TGK.to(self.dtype)
+        """Puts keys and values at their places; no (row, position) may come twice.
+
+        Under tensor parallelism a process has some of the heads: a layer's buffers take their number from its first write.
+        """
+        for tensors, new_TGK in ((self.key, key_TGK), (self.value, value_TGK)):
+            old = tensors[layer]
+            if new_TGK.shape[1] != old.shape[1]:
+                tensors[layer] = old = old.new_zeros(len(old), new_TGK.shape[1], *old.shape[2:])
+            old[row_T, :, position_T] = new_TGK.to(self.dtype)  # autocast and quantised layers have dtypes of their own
 
     def read(self, layer: int, rows: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, G, length, K] from position 0: views for a slice of rows, copies for an index."""

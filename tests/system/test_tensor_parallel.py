@@ -1,4 +1,4 @@
-"""The tensor-parallel plan of the models: two processes, each with its part of the weights, give the logits of one."""
+"""The tensor-parallel plan of the models: two processes, each with its part of the weights, give the logits and texts of one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from golden import cases
 from safetensors.torch import load_file
 from system.workshop import run
+
+from dllm.pipelines import llada
 
 pytestmark = pytest.mark.system
 
@@ -30,6 +32,11 @@ with torch.no_grad():
         "padded_logits": model(given["padded_input_ids"], attention_mask=given["attention_mask"]).logits,
         "kept": model(given["input_ids"], logits_to_keep=torch.tensor([3, 0])).logits,
     }
+model.config.mask_token_id = model.config.mask_token_id or model.config.vocab_size - 1
+prompts = [given["input_ids"][0, :5], given["input_ids"][0, :9]]
+for cache in ("none", "dual"):
+    written = llada.generate(model, None, prompts, gen_length=8, block_length=4, cache=cache, early_stop=False)
+    found[cache] = torch.cat(written.sequences)
 held = 0
 for parameter in model.parameters():
     held += (parameter.to_local() if hasattr(parameter, "to_local") else parameter).numel()
@@ -40,7 +47,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", [*cases.DENSE, "llada_moe"])
-def test_two_processes_give_the_logits_of_one(name: str, tmp_path: Path) -> None:
+def test_two_processes_give_the_logits_and_the_tokens_of_one(name: str, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(SCRIPT, encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     case = cases.folder(name) / "forward.safetensors"
@@ -50,11 +57,20 @@ def test_two_processes_give_the_logits_of_one(name: str, tmp_path: Path) -> None
     real = golden["attention_mask"].bool()
     stored = load_file(cases.folder(name) / "model.safetensors")
     whole = sum(tensor.numel() for tensor in stored.values())
+    alone = llada.load_model(str(cases.folder(name)))
+    alone.config.mask_token_id = (
+        alone.config.mask_token_id or alone.config.vocab_size - 1
+    )  # the mixture's tokenizer has it
+    prompts = [golden["input_ids"][0, :5], golden["input_ids"][0, :9]]
+    options = dict(gen_length=8, block_length=4, early_stop=False)
+    written = {cache: llada.generate(alone, None, prompts, cache=cache, **options) for cache in ("none", "dual")}
     for rank in range(2):
         found = load_file(tmp_path / f"{rank}.safetensors")
         for key, expected in (("logits", golden["logits"]), ("kept", golden["logits"][:, [3, 0]])):
             torch.testing.assert_close(found[key], expected, rtol=0, atol=cases.TOLERANCE)
         padded = found["padded_logits"][real]
         torch.testing.assert_close(padded, golden["padded_logits"][real], rtol=0, atol=cases.TOLERANCE)
+        for cache, one_process in written.items():
+            assert found[cache].tolist() == torch.cat(one_process.sequences).tolist()
         # tables and norms are whole on each, of the rest each has half
         assert int(found["held"]) < 0.75 * whole
