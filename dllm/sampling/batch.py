@@ -147,7 +147,7 @@ class Batch:
         """How far the rows are; without waiting for the device, how far they were some steps ago. Once after each step."""
         if self.rows is None:
             return []
-        names, state_2R, event = self.names, torch.stack([self.rows.start_R, self.rows.done_R.long()]), None
+        names, state_2R, event = list(self.names), torch.stack([self.rows.start_R, self.rows.done_R.long()]), None
         if not self.waits:
             if state_2R.device.type == "cuda":
                 state_2R = state_2R.to("cpu", non_blocking=True)
