@@ -84,23 +84,26 @@ class KeyValues:
         """What the buffers take in memory."""
         return self.rows * self.length * self.bytes_per_position
 
-    def reserve(self, rows: int, length: int) -> bool:
+    def reserve(self, rows: int, length: int, exact: bool = False) -> bool:
         """Makes room for `rows` rows of `length` positions; what is there stays.
 
         Args:
             rows: places asked for.
             length: positions of the longest row.
+            exact: where new buffers are needed, of this size, and what is beyond it goes: many short rows before do not make
+                a few long ones now take as much room as many long ones.
 
         Returns:
             Whether the buffers had to be allocated anew: views taken before then show the old ones.
         """
         if rows <= self.rows and length <= self.length:
             return False
-        before, rows, length = self.length, max(rows, self.rows), max(length, self.length)
+        if not exact:
+            rows, length = max(rows, self.rows), max(length, self.length)
         for tensors in (self.key, self.value):
             for layer, old in enumerate(tensors):  # one layer after the other: only one of them exists twice at a time
                 new = old.new_zeros(rows, old.shape[1], length, old.shape[3])
-                new[: len(old), :, :before] = old
+                new[: len(old), :, : old.shape[2]] = old[:rows, :, :length]
                 tensors[layer] = new
         return True
 
@@ -118,6 +121,11 @@ class KeyValues:
     def read(self, layer: int, rows: slice | Tensor, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values [rows, G, length, K] from position 0: views for a slice of rows, copies for an index."""
         return self.key[layer][rows, :, :length], self.value[layer][rows, :, :length]
+
+    def erase(self, rows: range) -> None:
+        """Zeros in these places."""
+        for tensor in (*self.key, *self.value):
+            tensor[rows.start : rows.stop] = 0
 
     def keep(self, index_R: Sequence[int], length: int | None = None) -> None:
         """Place i gets what place index_R[i] holds; only rows whose place changes are copied.

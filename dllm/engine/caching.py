@@ -25,6 +25,7 @@ class Caching(Reuse):
 
     def __init__(self, cache: Cache, buffers: KeyValues) -> None:
         self.rule, self.exact, self.buffers = cache.compute, cache.exact, buffers
+        self.rows = 0  # those of the buffers that are in use
 
     def compute(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor) -> Tensor:
         """See `Reuse.compute`."""
@@ -53,11 +54,15 @@ class Caching(Reuse):
 
     def admit(self, rows: int, positions: int) -> None:
         """See `Reuse.admit`."""
-        self.buffers.reserve(rows, positions)
+        self.buffers.reserve(rows, positions, exact=True)
+        # a hidden position has weight 0, and 0 times what is no number is none either: nothing is left of who was there before
+        self.buffers.erase(range(self.rows, rows))
+        self.rows = rows
 
     def keep(self, index_P: list[int]) -> None:
         """See `Reuse.keep`."""
         self.buffers.keep(index_P)
+        self.rows = len(index_P)
 
 
 def caching(config: SamplingConfig, model: Any) -> Caching | None:

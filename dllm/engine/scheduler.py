@@ -5,6 +5,9 @@ cache, with or without guidance, see `dllm.sampling.batch.alike`). Every round t
 to its next block the moment its block is complete, and gives up its place the moment it is done. Tokens do not depend on
 any of this.
 
+Where a step of a batch raises (out of memory, a broken model), each of its requests is tried once more by itself: only
+those fail that fail alone.
+
 Two locks: `_stepping` is held by the one thread that takes a round's steps, `_lock` for moments, by whoever looks at or
 changes the line, a ticket or the batches' names. So nobody who submits or cancels waits for a forward.
 """
@@ -12,113 +15,29 @@ changes the line, a ticket or the batches' names. So nobody who submits or cance
 from __future__ import annotations
 
 import threading
-import time
+import traceback
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from dllm.errors import DllmError, NonFiniteError, OptionError
-from dllm.sampling.batch import Batch, Finished, alike
+from dllm.engine.tickets import Cancelled, Ticket
+from dllm.errors import NonFiniteError, OptionError
+from dllm.sampling.batch import Batch, Finished, Progress
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.network import Network, Reuse
 from dllm.sampling.rows import Request, SpecialTokens, check_steps
-from dllm.sampling.trace import StepEvent
 
 
-class CommittedBlock(NamedTuple):
-    """A block that is complete: its tokens are final."""
+class _Room(NamedTuple):
+    """What the rows of one batch take up."""
 
-    position: Tensor
-    """int64 [M]: positions of the canvas, in reading order."""
-    token: Tensor
-    """int64 [M]."""
-
-
-class Answer(NamedTuple):
-    """What became of a request."""
-
-    canvas: Tensor
-    """int64 [length], filled."""
-    steps: int
-    seconds: float
-    """From its submission."""
-
-
-class Cancelled(DllmError):
-    """The request was cancelled before it was done."""
-
-
-class Ticket:
-    """A request on its way. Iterate over it to see it being written; `answer()` waits for the end.
-
-    Iteration gives a `CommittedBlock` for every block that is complete and, with `steps`, a `StepEvent` for every step of
-    the row (its row is 0, its step the row's own). It may begin late: what happened before is kept.
-    """
-
-    def __init__(self, scheduler: Scheduler, request: Request, steps: bool) -> None:
-        self.request, self.wants_steps = request, steps
-        self.began = time.monotonic()
-        self._scheduler = scheduler
-        self._events: deque[StepEvent | CommittedBlock] = deque()
-        self._written = 0  # places of complete blocks
-        self._answer: Answer | None = None
-        self._error: Exception | None = None
-
-    @property
-    def done(self) -> bool:
-        """Nothing more will happen to it: it is answered, failed or cancelled."""
-        return self._answer is not None or self._error is not None
-
-    def cancel(self) -> None:
-        """Gives the row up; nothing happens to one that is done."""
-        self._scheduler.cancel(self)
-
-    def answer(self) -> Answer:
-        """The filled canvas, as soon as there is one.
-
-        Raises:
-            Cancelled: the request was cancelled.
-            NonFiniteError: the model gave logits that are no numbers.
-            RuntimeError: what the forward of its batch raised.
-        """
-        self._scheduler.wait(lambda: self.done)
-        if self._error is not None:
-            raise self._error
-        assert self._answer is not None
-        return self._answer
-
-    def __iter__(self) -> Iterator[StepEvent | CommittedBlock]:
-        while True:
-            self._scheduler.wait(lambda: bool(self._events) or self.done)
-            while self._events:
-                yield self._events.popleft()
-            if self.done and not self._events:
-                if self._error is not None:
-                    raise self._error
-                return
-
-    def end(self, answer: Answer | None, error: Exception | None) -> None:
-        """For the scheduler: how it ended."""
-        if answer is not None:
-            position = self.request.masked.nonzero()[self._written :, 0]
-            if len(position):  # an early stop completes what it leaves
-                self._events.append(CommittedBlock(position, answer.canvas[position]))
-        self._answer, self._error = answer, error
-
-    def note(self, event: StepEvent | None, batch: Batch, row: int, start: int) -> None:
-        """For the scheduler: a step of its row is done; its blocks up to place `start` are complete."""
-        if event is not None and self.wants_steps:
-            here = event.row == row
-            step = event._replace(row=torch.zeros_like(event.row[here]), position=event.position[here])
-            self._events.append(step._replace(token=event.token[here], confidence=event.confidence[here]))
-        if start > self._written:
-            assert batch.rows is not None
-            position = batch.rows.place_RM[row, self._written : start]
-            self._events.append(CommittedBlock(position.cpu(), batch.rows.ids_RL[row, position].cpu()))
-            self._written = start
+    rows: int
+    positions: int
+    """Of the longest."""
+    bytes: int
+    """Of the rectangle: rows times positions."""
 
 
 class Scheduler:
@@ -133,6 +52,9 @@ class Scheduler:
         max_bytes: memory that the rows of a round may take.
         bytes_per_position: what a position of a row takes under some settings.
         max_waiting: requests in line at most; None for any number (a waiting one is a few kilobytes).
+
+    Raises:
+        OptionError: `max_rows` or `max_waiting` is not a whole number of at least 1.
     """
 
     def __init__(
@@ -147,13 +69,15 @@ class Scheduler:
         bytes_per_position: Callable[[SamplingConfig], int] = lambda _: 0,
         max_waiting: int | None = None,
     ) -> None:
-        if max_rows < 1:
-            raise OptionError(f"max_rows={max_rows}: it is at least 1.")
-        self._network, self._tokens, self._device, self._reuse = network, tokens, device, reuse
+        for name, value in (("max_rows", max_rows), ("max_waiting", 1 if max_waiting is None else max_waiting)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionError(f"{name}={value!r}: it is a whole number, at least 1.")
+        self._network, self.tokens, self._device, self._reuse = network, tokens, device, reuse
         self.max_rows, self.max_bytes, self.max_waiting = max_rows, max_bytes, max_waiting
         self._bytes_per_position = bytes_per_position
         self._waiting: deque[Ticket] = deque()
         self._batches: dict[SamplingConfig, Batch] = {}
+        self._rooms: dict[SamplingConfig, _Room] = {}
         self._lock, self._stepping = threading.Condition(), threading.Lock()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -175,17 +99,21 @@ class Scheduler:
             OptionError: fewer steps than blocks, a row larger than the memory, or a line that is full.
         """
         check_steps(request)
-        needs = self._bytes(request)
-        if self._rows(request) > self.max_rows or needs > self.max_bytes:
+        ticket = Ticket(self, request, steps, self._bytes_per_position(request.config))
+        if ticket.rows > self.max_rows:
             raise OptionError(
-                f"A row of {len(request.canvas)} positions needs {needs / 2**20:.0f} MiB, and there are "
-                f"{self.max_bytes / 2**20:.0f} (max_rows={self.max_rows}; guidance takes two): shorten it, or give the engine "
-                f"more."
+                f"cfg_scale={request.config.cfg_scale} takes two rows, and max_rows={self.max_rows}: leave out cfg_scale, or "
+                f"give the engine max_rows=2 or more."
             )
-        ticket = Ticket(self, request, steps)
+        needs = self._room([ticket], None).bytes
+        if needs > self.max_bytes:
+            raise OptionError(
+                f"A row of {len(request.canvas)} positions needs {needs / 2**20:.2f} MiB, and the engine has "
+                f"{self.max_bytes / 2**20:.2f}: shorten the prompt or gen_length, or give the engine more memory_gb."
+            )
         with self._lock:
             if self._closed:
-                raise OptionError("This engine is closed.")
+                raise OptionError("This engine is closed: make another one.")
             if self.max_waiting is not None and len(self._waiting) >= self.max_waiting:
                 raise OptionError(
                     f"{len(self._waiting)} requests are waiting, the most that max_waiting allows: try again later."
@@ -193,7 +121,7 @@ class Scheduler:
             if bool(request.masked.any()):
                 self._waiting.append(ticket)
             else:
-                ticket.end(Answer(request.canvas.clone(), 0, 0.0), None)
+                ticket.finish(request.canvas.clone(), 0)
             self._lock.notify_all()
         return ticket
 
@@ -202,7 +130,7 @@ class Scheduler:
         with self._lock:
             if ticket.done:
                 return
-            ticket.end(None, Cancelled("The request was cancelled."))
+            ticket.fail(Cancelled("The request was cancelled."))
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
             self._lock.notify_all()
@@ -227,7 +155,7 @@ class Scheduler:
         """One round: admits, takes one step of every batch, and lets go of the rows that are done.
 
         Returns:
-            Whether there was anything to do.
+            Whether anything is left to do.
         """
         with self._stepping:
             self._let_go()
@@ -242,25 +170,26 @@ class Scheduler:
                 return bool(self._batches or self._waiting)
 
     def start(self) -> None:
-        """From now on a thread takes the steps whenever there is work."""
+        """From now on a thread takes the steps whenever there is work.
+
+        Raises:
+            OptionError: it is closed.
+        """
         with self._lock:
+            if self._closed:
+                raise OptionError("This engine is closed: make another one.")
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="dllm-engine", daemon=True)
                 self._thread.start()
+                self._lock.notify_all()
 
     def close(self) -> None:
         """Cancels what is left, and ends the thread."""
         with self._lock:
-            self._closed = True
-            for ticket in [*self._waiting, *(name for batch in self._batches.values() for name in batch.names)]:
-                assert isinstance(ticket, Ticket)
-                if not ticket.done:
-                    ticket.end(None, Cancelled("The engine was closed."))
-            self._waiting.clear()
-            self._lock.notify_all()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            self._give_up(Cancelled("The engine was closed."))
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
         with self._stepping:
             self._let_go()
 
@@ -272,7 +201,8 @@ class Scheduler:
     @property
     def running(self) -> int:
         """Requests that are rows of a batch."""
-        return sum(map(len, self._batches.values()))
+        with self._lock:
+            return sum(map(len, self._batches.values()))
 
     # --- inside
 
@@ -283,66 +213,125 @@ class Scheduler:
                     self._lock.wait()
                 if self._closed:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # whoever waits must hear of it: nobody else takes steps
+                with self._lock:
+                    self._give_up(error)
+                raise
+
+    def _give_up(self, error: Exception) -> None:
+        """Nothing is taken or done any more."""
+        self._closed = True
+        for ticket in [*self._waiting, *(ticket for batch in self._batches.values() for ticket in _tickets(batch))]:
+            if not ticket.done:
+                ticket.fail(error)
+        self._waiting.clear()
+        self._lock.notify_all()
 
     def _let_go(self) -> None:
         """Rows whose request was cancelled leave their batches."""
         for kind, batch in list(self._batches.items()):
-            gone = [row for row, ticket in enumerate(batch.names) if isinstance(ticket, Ticket) and ticket.done]
-            if gone:
-                batch.remove(gone)
+            batch.remove([row for row, ticket in enumerate(_tickets(batch)) if ticket.done])
             if not len(batch):
-                with self._lock:
-                    del self._batches[kind]
+                self._drop(kind)
 
-    def _rows(self, request: Request) -> int:
-        return 2 if request.config.cfg_scale > 0 else 1
+    def _drop(self, kind: SamplingConfig) -> None:
+        with self._lock:
+            self._batches.pop(kind, None)
+            self._rooms.pop(kind, None)
 
-    def _bytes(self, request: Request) -> int:
-        return self._rows(request) * len(request.canvas) * self._bytes_per_position(request.config)
+    def _room(self, tickets: Sequence[Ticket], held: _Room | None) -> _Room:
+        """What these rows take up as one batch; a cache keeps what it holds where they fit in it."""
+        rows = sum(ticket.rows for ticket in tickets)
+        positions = max(len(t.request.canvas) for t in tickets) + max(t.shadow for t in tickets)
+        if held is not None and tickets[0].kind.cache != "none" and rows <= held.rows and positions <= held.positions:
+            return held
+        return _Room(rows, positions, rows * positions * tickets[0].bytes_per_position)
 
     def _admit(self) -> None:
         """Takes from the head of the line what fits; one that does not fit waits, and those behind it with it."""
-        running = [request for batch in self._batches.values() for request in batch.requests]
-        rows, used = sum(map(self._rows, running)), sum(map(self._bytes, running))
-        chosen: dict[SamplingConfig, list[Ticket]] = {}
+        running = {kind: _tickets(batch) for kind, batch in self._batches.items()}
+        rooms = {kind: self._room(tickets, self._rooms.get(kind)) for kind, tickets in running.items()}
+        rows = sum(ticket.rows for tickets in running.values() for ticket in tickets)
+        if any(ticket.alone for tickets in running.values() for ticket in tickets):
+            return
+        joining: dict[SamplingConfig, list[Ticket]] = {}
         while self._waiting:
-            request = self._waiting[0].request
-            if rows + self._rows(request) > self.max_rows or used + self._bytes(request) > self.max_bytes:
+            ticket = self._waiting.popleft()
+            kind = ticket.kind
+            room = self._room([*running.get(kind, []), ticket], rooms.get(kind))
+            needs = sum(other.bytes for of, other in rooms.items() if of != kind) + room.bytes
+            if rows + ticket.rows > self.max_rows or needs > self.max_bytes or (ticket.alone and rows):
+                self._waiting.appendleft(ticket)
                 break
-            rows, used = rows + self._rows(request), used + self._bytes(request)
-            chosen.setdefault(alike(request.config), []).append(self._waiting.popleft())
-        for kind, tickets in chosen.items():
-            if kind not in self._batches:
-                self._batches[kind] = Batch(
-                    self._network, kind, self._tokens, self._device, reuse=self._reuse(kind), watch=False
-                )
-            self._batches[kind].watch |= any(ticket.wants_steps for ticket in tickets)
-            self._batches[kind].add([ticket.request for ticket in tickets], tickets)
+            rows, rooms[kind] = rows + ticket.rows, room
+            running.setdefault(kind, []).append(ticket)
+            joining.setdefault(kind, []).append(ticket)
+            if ticket.alone:
+                break
+        self._rooms = rooms
+        for kind, tickets in joining.items():
+            try:
+                self._join(kind, tickets)
+            except Exception as error:  # noqa: BLE001 - no memory for what the cache keeps, say
+                self._failed(kind, running[kind], error)
+
+    def _join(self, kind: SamplingConfig, tickets: list[Ticket]) -> None:
+        if kind not in self._batches:
+            self._batches[kind] = Batch(self._network, kind, self.tokens, self._device, reuse=self._reuse(kind))
+        self._batches[kind].watch |= any(ticket.wants_steps for ticket in tickets)
+        self._batches[kind].add([ticket.request for ticket in tickets], tickets)
 
     def _step(self, kind: SamplingConfig, batch: Batch) -> None:
-        tickets = list(batch.names)
-        before = batch.nfe
+        tickets, before = _tickets(batch), batch.nfe
         try:
             event = batch.step()
-        except (RuntimeError, ValueError) as error:  # out of memory, a broken model: the other kinds go on
+            steps = batch.rows.step_R.tolist() if event is not None and batch.rows is not None else []
+            seen = batch.look()
             with self._lock:
-                del self._batches[kind]
-                for ticket in tickets:
-                    assert isinstance(ticket, Ticket)
-                    ticket.end(None, error)
-            return
+                for row, (ticket, taken) in enumerate(zip(tickets, steps, strict=False)):
+                    if event is not None and ticket.wants_steps and not ticket.done:
+                        ticket.note_step(event, row, taken)
+                self._note_blocks(batch, seen)
+                done = {progress.name for progress in seen if progress.done}
+                for finished in batch.remove([row for row, ticket in enumerate(tickets) if ticket in done]):
+                    self._finish(finished)
+        except Exception as error:  # noqa: BLE001 - whatever it is, somebody waits
+            self._failed(kind, tickets, error)
+        except BaseException:  # Ctrl-C in the midst of a step: they begin anew
+            self._drop(kind)
+            self._back_in_line(tickets, alone=False)
+            raise
         self.nfe += batch.nfe - before
-        assert batch.rows is not None
-        starts = batch.rows.start_R.tolist()
+        if not len(batch):
+            self._drop(kind)
+
+    def _note_blocks(self, batch: Batch, seen: Sequence[Progress]) -> None:
+        rows = {name: row for row, name in enumerate(batch.names)}
+        for ticket, start, _ in seen:
+            if isinstance(ticket, Ticket) and not ticket.done:
+                ticket.note_blocks(batch, rows[ticket], start)
+
+    def _failed(self, kind: SamplingConfig, tickets: list[Ticket], error: Exception) -> None:
+        """A batch is given up; those of its requests that were not alone get another chance."""
         with self._lock:
-            for row, (ticket, start) in enumerate(zip(tickets, starts, strict=True)):
-                assert isinstance(ticket, Ticket)
-                ticket.note(event, batch, row, start)
-            for finished in batch.take_finished():
-                self._finish(finished)
-            if not len(batch):
-                del self._batches[kind]
+            self._drop(kind)
+            if (len(tickets) > 1 or self._batches) and not tickets[0].alone:
+                self._back_in_line(tickets, alone=True)
+                return
+            _as_text(error)
+            for ticket in tickets:
+                if not ticket.done:
+                    ticket.fail(error)
+
+    def _back_in_line(self, tickets: list[Ticket], *, alone: bool) -> None:
+        """They begin anew, and tell again of nothing that they have told of: their tokens are the same."""
+        with self._lock:
+            for ticket in reversed(tickets):
+                if not ticket.done:
+                    ticket.alone = alone
+                    self._waiting.appendleft(ticket)
 
     def _finish(self, finished: Finished) -> None:
         ticket = finished.name
@@ -354,6 +343,19 @@ class Scheduler:
                 f"The model's logits are not numbers (NaN or infinite) at step {finished.steps}: its weights may be damaged, or "
                 f"too large for their dtype."
             )
-            ticket.end(None, NonFiniteError(message))
+            ticket.fail(NonFiniteError(message))
         else:
-            ticket.end(Answer(finished.canvas, finished.steps, time.monotonic() - ticket.began), None)
+            ticket.finish(finished.canvas, finished.steps)
+
+
+def _tickets(batch: Batch) -> list[Ticket]:
+    """Those of a batch's rows, in their order."""
+    return [name for name in batch.names if isinstance(name, Ticket)]
+
+
+def _as_text(error: BaseException) -> None:
+    """Puts the traceback into a note: its frames hold what lay on the device, and a ticket may be kept for long."""
+    error.add_note("".join(traceback.format_exception(error)))
+    seen: BaseException | None = error
+    while seen is not None:
+        seen.__traceback__, seen = None, seen.__context__

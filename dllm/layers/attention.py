@@ -216,7 +216,8 @@ class RaggedRows(AttentionPlan):
         start_R = length_R.cumsum(0) - length_R
         place_L = torch.arange(self.longest)
         real_RL = place_L < length_R[:, None]
-        self.source = (start_R[:, None] + place_L).clamp(max=int(length_R.sum()) - 1).to(device)
+        # padding repeats the row's own last token: where one row's numbers are none, no other row sees them, hidden or not
+        self.source = (start_R[:, None] + torch.minimum(place_L, length_R[:, None] - 1)).to(device)
         self.target = real_RL.flatten().nonzero()[:, 0].to(device)
         hidden = real_RL[:, None, None].to(device)
         self.visible = hidden if visible is None else hidden & visible

@@ -41,6 +41,15 @@ class Finished(NamedTuple):
     """The model gave something that is no number; the canvas is what it was before."""
 
 
+class Progress(NamedTuple):
+    """How far a row is."""
+
+    name: Hashable
+    start: int
+    """Places of the blocks that are complete."""
+    done: bool
+
+
 LAG = 2
 """Steps after which the host reads which rows are done, where it must not wait for the device."""
 
@@ -88,9 +97,7 @@ class Batch:
         self.network, self.config, self.tokens, self.device = network, config, tokens, torch.device(device)
         self.reuse, self.watch = reuse, watch
         self.waits = self.device.type == "cpu" if waits is None else waits
-        self._flags: deque[tuple[Tensor, torch.cuda.Event | None]] = (
-            deque()
-        )  # which rows were done after the last steps
+        self._looks: deque[tuple[list[Hashable], Tensor, torch.cuda.Event | None]] = deque()  # of the last steps
         self.policy = POLICIES[config.policy]
         self.options = config.policy_options
         self.branches = 2 if config.cfg_scale > 0 else 1
@@ -128,36 +135,48 @@ class Batch:
         self.requests += requests
         self._sizes += map(size_of, requests)
         if self.reuse is not None:
-            self.reuse.admit(len(self.rows) * self.branches, self.rows.ids_RL.shape[1])
+            shadow = self._width if "verified" in self._needs else 0
+            self.reuse.admit(len(self.rows) * self.branches, self.rows.ids_RL.shape[1] + shadow)
 
-    def take_finished(self) -> list[Finished]:
-        """The rows that are done leave; without waiting for the device, some steps after they are."""
+    @property
+    def _width(self) -> int:
+        """W."""
+        return max(size.width for size in self._sizes)
+
+    def look(self) -> list[Progress]:
+        """How far the rows are; without waiting for the device, how far they were some steps ago. Once after each step."""
         if self.rows is None:
             return []
-        done_R, event = self.rows.done_R, None
+        names, state_2R, event = list(self.names), torch.stack([self.rows.start_R, self.rows.done_R.long()]), None
         if not self.waits:
-            if done_R.device.type == "cuda":
-                done_R = done_R.to("cpu", non_blocking=True)
+            if state_2R.device.type == "cuda":
+                state_2R = state_2R.to("cpu", non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
-            self._flags.append((done_R, event))
-            if len(self._flags) <= LAG:
+            self._looks.append((names, state_2R, event))
+            if len(self._looks) <= LAG:
                 return []
-            done_R, event = self._flags.popleft()
+            names, state_2R, event = self._looks.popleft()
             if event is not None:
                 event.synchronize()
-        leaving = [row for row, is_done in enumerate(done_R.tolist()) if is_done]
-        return self.remove(leaving) if leaving else []
+        here = set(self.names)
+        found = zip(names, *state_2R.tolist(), strict=True)
+        return [Progress(name, start, bool(done)) for name, start, done in found if name in here]
+
+    def take_finished(self) -> list[Finished]:
+        """The rows that are done leave; without waiting for the device, some steps after they are. Once after each step."""
+        done = {row.name for row in self.look() if row.done}
+        return self.remove([row for row, name in enumerate(self.names) if name in done])
 
     def remove(self, leaving: Sequence[int]) -> list[Finished]:
         """These rows leave, done or not."""
-        self._flags.clear()  # they tell of rows by their old places
         rows = self.rows
-        assert rows is not None
+        if rows is None or not leaving:
+            return []
         index = torch.tensor(leaving, device=self.device)
         ids_RL, open_RL = rows.ids_RL[index], rows.open_RL[index]
-        if self.tokens.eos:  # what an early stop left open
-            ids_RL = torch.where(open_RL & rows.over_R[index, None], self.tokens.eos[0], ids_RL)
+        for end in (*self.tokens.eos, *self.tokens.ends)[:1]:  # what an early stop left open
+            ids_RL = torch.where(open_RL & rows.over_R[index, None], end, ids_RL)
         canvases, steps, failed = ids_RL.cpu(), rows.step_R[index].tolist(), rows.failed_R[index].tolist()
         gone = [
             Finished(self.names[row], canvases[i, : len(self.requests[row].canvas)].clone(), steps[i], failed[i])
@@ -169,12 +188,14 @@ class Batch:
         self._sizes = [self._sizes[row] for row in stay]
         if not stay:
             self.rows = self._before = None
+            self._looks.clear()
         else:
             length, places = (max(column) for column in list(zip(*self._sizes, strict=True))[:2])
             index = torch.tensor(stay, device=self.device)
             self.rows = rows.kept(index, length, places)
             if self._before is not None:
-                self._before = (self._before[0][index, :places], self._before[1][index, :places])
+                log_p_RMV, known_RM = self._remembered(rows, self._before[0].shape[2])
+                self._before = (log_p_RMV[index, :places], known_RM[index, :places])
         if self.reuse is not None:
             self.reuse.keep([row * self.branches + branch for row in stay for branch in range(self.branches)])
         return gone
@@ -188,7 +209,7 @@ class Batch:
         """
         rows = self.rows
         assert rows is not None
-        W = max(size.width for size in self._sizes)
+        W = self._width
         offset_RW = rows.start_R[:, None] + torch.arange(W, device=self.device)
         valid_RW = offset_RW < rows.end_R[:, None]
         offset_RW = offset_RW.clamp(max=rows.place_RM.shape[1] - 1)
@@ -282,31 +303,49 @@ class Batch:
             token_RW=spread(found.token_N),
             confidence_RW=spread(confidence_N, -torch.inf).masked_fill(~open_RW, -torch.inf),
             entropy_RW=None if found.entropy_N is None else spread(found.entropy_N),
-            change_RW=self._change(rows, found, row_N, offset_RW[row_N, w_N], spread),
+            change_RW=self._change(rows, found, (row_N, w_N), offset_RW, valid_RW, spread),
             verified_RW=None if found.given_N is None else spread(found.given_N) * committed_RW,
         )
         return statistics, spread(found.probability_N)
 
     def _change(
-        self, rows: Rows, found: Proposals, row_N: Tensor, offset_N: Tensor, spread: Callable[[Tensor], Tensor]
+        self,
+        rows: Rows,
+        found: Proposals,
+        asked: tuple[Tensor, Tensor],
+        offset_RW: Tensor,
+        valid_RW: Tensor,
+        spread: Callable[[Tensor], Tensor],
     ) -> Tensor | None:
         """KL(p_t || p_t-1) of each asked place, whose distribution is kept for the next step."""
         if found.log_p_NV is None:
             return None
-        R, M, V = len(rows), rows.place_RM.shape[1], found.log_p_NV.shape[1]
-        log_p_RMV, known_RM = self._before or (
-            torch.zeros(R, M, V, device=self.device),
-            torch.zeros(R, M, dtype=torch.bool, device=self.device),
-        )
-        log_p_RMV = torch.nn.functional.pad(log_p_RMV, (0, 0, 0, M - log_p_RMV.shape[1], 0, R - len(log_p_RMV)))
-        known_RM = torch.nn.functional.pad(known_RM, (0, M - known_RM.shape[1], 0, R - len(known_RM)))
+        row_N, w_N = asked
+        log_p_RMV, known_RM = self._remembered(rows, found.log_p_NV.shape[1])
+        offset_N = offset_RW[row_N, w_N]
         p_NV = found.log_p_NV.exp()
         gap_NV = torch.where(p_NV > 0, p_NV * (found.log_p_NV - log_p_RMV[row_N, offset_N]), 0)
         change_N = torch.where(known_RM[row_N, offset_N], gap_NV.sum(1).clamp(min=0), torch.inf)
         log_p_RMV[row_N, offset_N] = found.log_p_NV
-        known_RM[row_N, offset_N] = True
-        self._before = (log_p_RMV, known_RM)
+        # beyond a block narrower than W are places of the next, whose first step is still to come
+        column_RW = torch.where(valid_RW, offset_RW, known_RM.shape[1])
+        self._before = (log_p_RMV, _scattered(known_RM, column_RW, torch.ones_like(valid_RW)))
         return spread(change_N)
+
+    def _remembered(self, rows: Rows, V: int) -> tuple[Tensor, Tensor]:
+        """What `_before` holds, with room for rows that have joined since: copied only if there was none."""
+        R, M = len(rows), rows.place_RM.shape[1]
+        log_p_RMV, known_RM = self._before or (
+            torch.zeros(0, M, V, device=self.device),
+            torch.zeros(0, M, dtype=torch.bool, device=self.device),
+        )
+        if known_RM.shape == (R, M):
+            return log_p_RMV, known_RM
+        more_rows, more_places = R - len(known_RM), M - known_RM.shape[1]
+        return (
+            torch.nn.functional.pad(log_p_RMV, (0, 0, 0, more_places, 0, more_rows)),
+            torch.nn.functional.pad(known_RM, (0, more_places, 0, more_rows)),
+        )
 
     def _write(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, changed_RW: Tensor, token_RW: Tensor) -> None:
         """Commits into the canvases; a place beyond the row's own block writes nothing."""

@@ -59,7 +59,7 @@ class Reuse(Protocol):
         """
 
     def admit(self, rows: int, positions: int) -> None:
-        """Makes room for this many rows of this many positions; rows that are there stay."""
+        """Makes room for this many rows of this many positions, all that there are; rows that are there stay."""
 
     def keep(self, index_P: list[int]) -> None:
         """The rows of these numbers stay, in this order."""

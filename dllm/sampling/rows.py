@@ -46,7 +46,7 @@ class Rows:
     """R rows. A field's suffix says its shape."""
 
     ids_RL: Tensor
-    """int64: the canvases, padded on the right with the mask token."""
+    """int64: the canvases; what pads them on the right is never read."""
     open_RL: Tensor
     """bool: to be written, not committed yet."""
     given_RL: Tensor
@@ -154,7 +154,7 @@ def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
     ids_RL = _stacked([request.canvas for request in requests], mask_token_id).masked_fill(masked_RL, mask_token_id)
     given_RL = _stacked([~request.masked for request in requests], False)
     places_R, width_R = masked_RL.sum(1), torch.tensor([size_of(request).width for request in requests])
-    place_RM = masked_RL.long().argsort(dim=1, descending=True, stable=True)[:, : int(places_R.max())]
+    place_RM = masked_RL.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(places_R.max()))]
     for row, request in enumerate(requests):
         check_steps(request)
         for token in request.config.cfg_keep_tokens:

@@ -82,6 +82,16 @@ def divergence(now: list[float], before: list[float] | None) -> float:
     return sum(p * math.log(p / q) for p, q in zip(now, before, strict=True) if p > 0)
 
 
+def ended(x: Sequence[int], masks: list[int], final: set[int], end_token_ids: Sequence[int]) -> bool:
+    """Whether an end token was written and all that stands before it will stay."""
+    for place in masks:
+        if place not in final:
+            return False
+        if x[place] in end_token_ids:
+            return True
+    return False
+
+
 def sample_row(
     logits_of: Logits | None,
     canvas: Sequence[int],
@@ -220,4 +230,12 @@ def sample_row(
             commits.append(sorted(written))
             step += 1
             block_step += 1
+            finished = (
+                masks[: masks.index(block[0])] if open_places & set(block) else masks[: masks.index(block[-1]) + 1]
+            )
+            certain = set(finished) if config.policy in ("wino", "remdm") else set(masks)
+            if config.early_stop and ended(x, masks, certain - open_places, end_token_ids):
+                for place in open_places:
+                    x[place] = [*eos_token_ids, *end_token_ids][0]
+                return Written(x, forwards, step, commits)
     return Written(x, forwards, step, commits)

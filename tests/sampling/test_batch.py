@@ -1,16 +1,26 @@
-"""A batch whose host must not wait for the device: the same tokens, and nothing in a step that waits."""
+"""Batches: rows that come and go, early stops, and steps in which the host must not wait for the device."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import tiny
+from reference.predictor import HashPredictor, as_network, one_row
+from reference.sampler import sample_row
+from reference.tiny import LEVELS
 from torch import Tensor, nn
 
+from dllm.errors import NonFiniteError
 from dllm.layers.attention import RaggedRows
-from dllm.sampling.batch import LAG, Batch
-from dllm.sampling.config import SamplingConfig
+from dllm.pipelines.llada.generate import network_of
+from dllm.sampling.batch import LAG, Batch, alike
+from dllm.sampling.config import POLICY_OPTIONS, SamplingConfig
+from dllm.sampling.loop import denoise
 from dllm.sampling.network import Pass
 from dllm.sampling.proposals import Proposals
 from dllm.sampling.rows import Request, SpecialTokens
@@ -92,3 +102,167 @@ def test_rows_that_are_done_stay_unchanged_until_they_are_seen_to_be() -> None:
     assert canvases[0] == canvases[1] == canvases[2]
     assert gone[0].steps == 1
     assert gone[0].canvas.tolist() == canvases[0][0]
+
+
+@pytest.mark.parametrize("options", [{"policy": "klass", "threshold": 0.2, "kl_threshold": 3.0}, {}], ids=str)
+def test_blocks_of_several_widths_may_stand_beside_each_other(options: dict[str, Any]) -> None:
+    """Without waiting, places beyond a narrow block are computed too, and must leave no trace."""
+    found = []
+    for waits in (True, False):
+        batch = Batch(network, alike(SamplingConfig(**options)), TOKENS, "cpu", waits=waits)
+        for number, width in enumerate((2, 5)):
+            row = torch.tensor([number] + [MASK] * 8)
+            config = SamplingConfig(block_length=width, early_stop=False, **options)
+            batch.add([Request(row, row == MASK, config, number)], [number])
+        done: dict[Any, Any] = {}
+        while len(batch):
+            batch.step()
+            done |= {row.name: (row.canvas.tolist(), row.steps) for row in batch.take_finished()}
+        found.append(done)
+    assert found[0] == found[1]
+
+
+def test_rows_that_leave_do_not_hold_up_those_that_are_done() -> None:
+    """What was seen of the others before is not forgotten."""
+    batch = Batch(network, alike(SamplingConfig()), TOKENS, "cpu", waits=False)
+    config = SamplingConfig(early_stop=False)
+    for name, masks in (("short", 1), ("a", 9), ("b", 9)):
+        row = torch.tensor([1] + [MASK] * masks)
+        batch.add([Request(row, row == MASK, config, 0)], [name])
+    gone: list[Any] = []
+    for step in range(LAG + 1):
+        batch.step()
+        gone += [row.name for row in batch.take_finished()]
+        if step < LAG:  # one row is given up after each step
+            batch.remove([len(batch) - 1])
+    assert gone == ["short"]
+    assert not len(batch)
+
+
+# --- rows that come and go
+
+
+@settings(max_examples=15)
+@given(st.data(), st.sampled_from([name for name in POLICY_OPTIONS if name != "wino"]), st.booleans())
+def test_rows_join_and_leave_at_any_time_and_have_their_tokens_alone(
+    data: st.DataObject, policy: Any, early_stop: bool
+) -> None:
+    options = {name: LEVELS[name][0] for name in POLICY_OPTIONS[policy]}
+    config = SamplingConfig(policy=policy, early_stop=early_stop, **options)
+    predict, branches = HashPredictor(V, data.draw(st.integers(0, 99))), data.draw(st.sampled_from([1, 2]))
+    batch = Batch(as_network(predict, branches), alike(replace(config, cfg_scale=float(branches == 2))), TOKENS, "cpu")
+    asked: dict[int, tuple[list[int], SamplingConfig]] = {}
+    done: dict[Any, Any] = {}
+    for _ in range(6):
+        for _ in range(data.draw(st.integers(0, 2))):
+            row = data.draw(st.lists(st.integers(0, V - 3), max_size=4)) + [MASK] * data.draw(st.integers(1, 7))
+            own = replace(
+                config,
+                block_length=data.draw(st.none() | st.integers(1, 4)),
+                cfg_scale=0.0 if branches == 1 else data.draw(st.sampled_from([0.5, 2.0])),
+                seed=data.draw(st.integers(0, 9)),
+            )
+            number = len(asked)
+            asked[number] = (row, own)
+            ids = torch.tensor(row)
+            batch.add([Request(ids, ids == MASK, own, number)], [number])
+        if len(batch) and data.draw(st.booleans()):  # before it has taken a step, perhaps
+            for row in batch.remove([data.draw(st.integers(0, len(batch) - 1))]):
+                del asked[row.name]
+        if len(batch):
+            batch.step()
+            done |= {row.name: (row.canvas.tolist(), row.steps) for row in batch.take_finished()}
+    while len(batch):
+        batch.step()
+        done |= {row.name: (row.canvas.tolist(), row.steps) for row in batch.take_finished()}
+    special: dict[str, Any] = {"mask_token_id": MASK, "eos_token_ids": [EOS], "end_token_ids": [EOS]}
+    for number, (row, own) in asked.items():
+        alone = sample_row(one_row(predict), row, own, **special, request=number)
+        assert done[number] == (alone.ids, alone.steps)
+
+
+def test_removing_nothing_or_from_nothing_does_nothing() -> None:
+    batch = Batch(network, SamplingConfig(), TOKENS, "cpu")
+    assert batch.remove([]) == batch.take_finished() == batch.look() == []
+    row = torch.tensor([MASK, MASK])
+    batch.add([], [])
+    batch.add([Request(row, row == MASK, SamplingConfig(), 0)], ["row"])
+    assert batch.remove([]) == []
+    assert [gone.canvas.tolist() for gone in batch.remove([0])] == [[MASK, MASK]]
+
+
+# --- early stop
+
+
+@settings(max_examples=10)
+@given(st.lists(tiny.canvases(), min_size=1, max_size=3), tiny.configs(caches=["none"]))
+def test_early_stop_is_the_slow_samplers_and_never_changes_the_text(
+    rows: list[list[int]], config: SamplingConfig
+) -> None:
+    config = replace(config, early_stop=True)
+    asked = [tiny.request_of(row, config, number) for number, row in enumerate(rows)]
+    done = denoise(network_of(tiny.tiny_model()), asked, config, tiny.TOKENS)
+    whole_config = replace(config, early_stop=False)
+    whole = denoise(network_of(tiny.tiny_model()), asked, whole_config, tiny.TOKENS)
+    for row, request in enumerate(asked):
+        slow = tiny.slowly(rows[row], config, row)
+        assert (done.canvases[row].tolist(), done.steps[row]) == (slow.ids, slow.steps)
+        assert whole.canvases[row].tolist() == tiny.slowly(rows[row], whole_config, row).ids
+        written, in_full = (x.canvases[row][request.masked].tolist() for x in (done, whole))
+        end = next((i for i, token in enumerate(in_full) if token in (tiny.EOS, tiny.EOT)), len(in_full))
+        assert written[: end + 1] == in_full[: end + 1]
+        assert done.steps[row] <= whole.steps[row]
+        assert tiny.MASK not in written
+    assert done.nfe == max(slow.forwards for slow in (tiny.slowly(row, config, i) for i, row in enumerate(rows)))
+
+
+def test_early_stop_saves_steps() -> None:
+    """Of the answers that the settings above draw, not only those that never end."""
+    config = SamplingConfig(block_length=4)
+    asked = [tiny.request_of([first] + [tiny.MASK] * 24, config, first) for first in range(8)]
+    done = denoise(network_of(tiny.tiny_model()), asked, config, tiny.TOKENS)
+    assert sum(steps < 24 for steps in done.steps) >= 4
+
+
+def test_what_an_early_stop_leaves_is_filled_with_an_end_even_if_that_is_no_end_of_text() -> None:
+    row = torch.tensor([1] + [MASK] * 5)
+
+    def ends_at_once(work: Pass, readout: Any) -> Proposals:
+        logits_NV = torch.zeros(len(work.wanted_M), V)
+        logits_NV[:, 7] = 9.0
+        return readout(nn.Identity(), logits_NV)
+
+    asked = [Request(row, row == MASK, SamplingConfig(), 0)]
+    done = denoise(ends_at_once, asked, SamplingConfig(), SpecialTokens(MASK, (), (7,)))
+    assert (done.canvases[0].tolist(), done.steps) == ([1, 7, 7, 7, 7, 7], [1])
+
+
+# --- what is no number
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("policy", POLICY_OPTIONS)
+def test_one_row_that_is_no_number_fails_alone(policy: Any, order: int) -> None:
+    """Also where rows are padded with what stands beside them: 0 times what is no number is none."""
+    config = SamplingConfig(policy=policy, block_length=3)
+    rows = [[1, 2] + [tiny.MASK] * 3, [3, tiny.BAD] + [tiny.MASK] * 4, [4] * 9 + [tiny.MASK] * 5][::order]
+    batch = Batch(network_of(tiny.damaged_model()), config, tiny.TOKENS, "cpu")
+    batch.add([tiny.request_of(row, config, number) for number, row in enumerate(rows)], range(3))
+    done: dict[Any, Any] = {}
+    while len(batch):
+        batch.step()
+        done |= {row.name: row for row in batch.take_finished()}
+    assert [done[name].failed for name in range(3)] == [False, True, False]
+    assert done[1].canvas.tolist() == rows[1]
+    assert done[1].steps == 0
+    for name in (0, 2):
+        assert done[name].canvas.tolist() == tiny.slowly(rows[name], config, name).ids
+
+
+def test_denoise_names_the_row_that_is_no_number() -> None:
+    config = SamplingConfig()
+    asked = [tiny.request_of(row, config) for row in ([1, tiny.MASK], [tiny.BAD, tiny.MASK])]
+    with pytest.raises(
+        NonFiniteError, match=r"Row 1: the model's logits are not numbers \(NaN or infinite\) at step 0"
+    ):
+        denoise(network_of(tiny.damaged_model()), asked, config, tiny.TOKENS)

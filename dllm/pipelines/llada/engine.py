@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol
@@ -11,9 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dllm.engine.buffers import KeyValues
+from dllm.engine.buffers import bytes_per_position
 from dllm.engine.caching import caching
-from dllm.engine.scheduler import CommittedBlock, Scheduler, Ticket
+from dllm.engine.scheduler import Scheduler
+from dllm.engine.tickets import CommittedBlock, Ticket
 from dllm.errors import OptionError
 from dllm.pipelines.llada.generate import (
     Prompt,
@@ -21,11 +24,13 @@ from dllm.pipelines.llada.generate import (
     answer_text,
     generation_config,
     generation_request,
+    infilling_config,
     infilling_request,
     network_of,
     special_tokens,
 )
 from dllm.sampling.config import SamplingConfig
+from dllm.sampling.rows import Request
 
 ACTIVATIONS = 24
 """Values of the model's width that a position of a pass holds at once, about: queries, keys, values, both halves of the
@@ -35,16 +40,16 @@ MEMORY_SHARE = 0.5
 
 
 class Streamer(Protocol):
-    """The interface of transformers' TextDiffusionStreamer."""
+    """The interface of transformers' TextDiffusionStreamer; tensors are int64, on the CPU."""
 
     def put(self, value: Tensor) -> None:
-        """Confirmed tokens: first the prompt's, then those of each block."""
+        """Confirmed tokens: first the prompt's, then those of each block, up to the first end of text or of turn."""
 
     def put_draft(self, value: Tensor) -> None:
         """All tokens from the first that is not confirmed, masks among them."""
 
     def end(self) -> None:
-        """There is no more."""
+        """There is no more, be it that the answer is complete, failed or given up."""
 
 
 class Engine:
@@ -76,10 +81,12 @@ class Engine:
         max_waiting: int | None = None,
         background: bool = False,
     ) -> None:
-        if memory_gb is not None and memory_gb <= 0:
-            raise OptionError(f"memory_gb={memory_gb}: it is above 0.")
+        if memory_gb is not None and not 0 < memory_gb < math.inf:
+            raise OptionError(f"memory_gb={memory_gb}: it is a number above 0.")
         self.model, self.tokenizer = model.eval(), tokenizer
-        free = torch.cuda.mem_get_info()[0] if model.device.type == "cuda" else psutil.virtual_memory().available
+        self._tokenizing = threading.Lock()  # a fast tokenizer is one object, with settings that every call may change
+        cuda = model.device.type == "cuda"
+        free = torch.cuda.mem_get_info(model.device)[0] if cuda else psutil.virtual_memory().available
         self.scheduler = Scheduler(
             network_of(model),
             special_tokens(model, tokenizer),
@@ -97,7 +104,8 @@ class Engine:
         shape = self.model.config
         needed = ACTIVATIONS * shape.hidden_size * self.model.dtype.itemsize
         if config.cache != "none":
-            needed += KeyValues.of(self.model).bytes_per_position
+            layers, heads, width = shape.num_hidden_layers, shape.num_key_value_heads, shape.head_dim
+            needed += bytes_per_position(layers, heads, width, self.model.dtype)
         if config.policy == "klass":  # the distributions of the last step
             needed += 4 * shape.vocab_size
         return needed
@@ -115,16 +123,24 @@ class Engine:
             OptionError: see `dllm.generate`; or the line is full, or the row larger than the memory.
         """
         config = generation_config(**options)
-        return self.scheduler.submit(
-            generation_request(self.model, self.tokenizer, prompt, config, request), steps=steps
-        )
+        return self.scheduler.submit(self._request(prompt, config, request), steps=steps)
+
+    def _request(self, prompt: Prompt, config: SamplingConfig, number: int, what: str = "the prompt") -> Request:
+        with self._tokenizing:
+            return generation_request(self.model, self.tokenizer, prompt, config, number, what)
+
+    def _text(self, tokenizer: PreTrainedTokenizerBase, request: Request, canvas: Tensor) -> str:
+        with self._tokenizing:
+            return answer_text(self.model, tokenizer, request, canvas)
 
     def submit_infilling(
         self, text: str | Sequence[int] | Tensor, *, request: int = 0, steps: bool = False, **options: Any
     ) -> Ticket:
         """As `submit`, for a text with masks: see `dllm.infilling`."""
-        config = SamplingConfig.from_options(**options, early_stop=False)
-        return self.scheduler.submit(infilling_request(self.model, self.tokenizer, text, config, request), steps=steps)
+        config = infilling_config(**options)
+        with self._tokenizing:
+            asked = infilling_request(self.model, self.tokenizer, text, config, request)
+        return self.scheduler.submit(asked, steps=steps)
 
     def stream(self, prompt: Prompt, *, streamer: Streamer | None = None, **options: Any) -> Iterator[str]:
         """The answer, piece by piece: text comes when the block that it is in is complete, and is final.
@@ -143,35 +159,42 @@ class Engine:
         if self.tokenizer is None:
             raise OptionError("Streaming text needs a tokenizer: give the engine one, or iterate over submit(...).")
         ticket = self.submit(prompt, steps=streamer is not None, **options)
-        return self._pieces(ticket, self.tokenizer, streamer)
+        pieces = self._pieces(ticket, self.tokenizer, streamer)
+        next(pieces)  # from here on, letting go of it cancels the request, also before the first piece
+        return pieces
 
     def _pieces(self, ticket: Ticket, tokenizer: PreTrainedTokenizerBase, streamer: Streamer | None) -> Iterator[str]:
+        """First an empty piece, then those of the answer."""
         request, said = ticket.request, ""
-        canvas = request.canvas.clone()
-        prompt = final = int((~request.masked).sum())
-        if streamer is not None:
-            streamer.put(canvas[:prompt][None])
+        canvas, ends = request.canvas.clone(), torch.tensor(self.scheduler.tokens.ends)
+        final = int((~request.masked).sum())
+        over = False  # everything up to the answer's end is confirmed
         try:
+            if streamer is not None:
+                streamer.put(canvas[:final][None])
+            yield ""
             for event in ticket:
                 canvas[event.position] = event.token
                 if isinstance(event, CommittedBlock):
                     start, final = final, int(event.position[-1]) + 1
-                    if streamer is not None:
-                        streamer.put(canvas[start:final])
-                    text = answer_text(self.model, tokenizer, request, canvas[:final])
+                    block = canvas[start:final]
+                    if streamer is not None and not over:
+                        streamer.put(_through_the_first(block, ends))
+                    over = over or bool(torch.isin(block, ends).any())
+                    text = self._text(tokenizer, request, canvas[:final])
                     whole = text.rstrip("\N{REPLACEMENT CHARACTER}")  # a character whose last bytes are still masks
                     if whole.startswith(said) and len(whole) > len(said):
                         yield whole[len(said) :]
                         said = whole
-                elif streamer is not None:
+                elif streamer is not None and not over:
                     streamer.put_draft(canvas[final:])
-            text = answer_text(self.model, tokenizer, request, ticket.answer().canvas)
+            text = self._text(tokenizer, request, ticket.answer().canvas)
             if len(text) > len(said) and text.startswith(said):
                 yield text[len(said) :]
-            if streamer is not None:
-                streamer.end()
         finally:
             ticket.cancel()
+            if streamer is not None:
+                streamer.end()
 
     def generate(self, prompts: Sequence[Prompt], **options: Any) -> SamplingResult:
         """As `dllm.generate`, for more prompts than fit into one batch: rows that are done make room for those in line.
@@ -179,19 +202,29 @@ class Engine:
         Args:
             prompts: see `dllm.generate`.
             **options: see `dllm.generate`.
+
+        Returns:
+            As `dllm.generate`; `nfe` counts the engine's forwards while it ran, those for others too.
+
+        Raises:
+            OptionError: see `dllm.generate`, before any work is done; or there are more prompts than `max_waiting` allows.
+            NonFiniteError: the model gave logits that are no numbers.
         """
+        config = generation_config(**options)
+        asked = [self._request(prompt, config, row, f"prompt {row}") for row, prompt in enumerate(prompts)]
         before = self.scheduler.nfe
-        tickets = [self.submit(prompt, request=number, **options) for number, prompt in enumerate(prompts)]
+        tickets: list[Ticket] = []
         try:
+            for request in asked:
+                tickets.append(self.scheduler.submit(request))
             answers = [ticket.answer() for ticket in tickets]
         finally:
             for ticket in tickets:
                 ticket.cancel()
         texts = []
         if self.tokenizer is not None:
-            pairs = zip(tickets, answers, strict=True)
-            texts = [answer_text(self.model, self.tokenizer, t.request, answer.canvas) for t, answer in pairs]
-        config = generation_config(**options)
+            pairs = zip(asked, answers, strict=True)
+            texts = [self._text(self.tokenizer, request, answer.canvas) for request, answer in pairs]
         return SamplingResult(
             sequences=[answer.canvas for answer in answers],
             texts=texts,
@@ -212,3 +245,9 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _through_the_first(block: Tensor, ends: Tensor) -> Tensor:
+    """The block, cut after the first token that is one of these."""
+    places = torch.isin(block, ends).nonzero()[:1, 0].tolist()
+    return block[: places[0] + 1] if places else block

@@ -120,10 +120,7 @@ def infilling(
         OptionError: an unknown option, a value out of range, `gen_length`, or an input longer than the model's context.
         NonFiniteError: the model gave logits that are no numbers.
     """
-    for name in options:
-        if ALIASES.get(name, name) in ("gen_length", "early_stop"):
-            raise OptionError(f"infilling takes no {name}: it writes where the masks of its inputs stand, all of them.")
-    config = SamplingConfig.from_options(**options, early_stop=False)
+    config = infilling_config(**options)
     asked = [
         infilling_request(model, tokenizer, item, config, number, f"input {row}")
         for row, (item, number) in enumerate(zip(inputs, _numbers(inputs, requests), strict=True))
@@ -193,6 +190,18 @@ def answer_text(
     answer = [int(token) for token in canvas[int((~request.masked).sum()) :]]
     stop = next((place for place, token in enumerate(answer) if token in ends), len(answer))
     return tokenizer.decode(answer[:stop], skip_special_tokens=True)
+
+
+def infilling_config(**options: Any) -> SamplingConfig:
+    """The settings of `infilling`, checked without a model.
+
+    Raises:
+        OptionError: an unknown option, a value out of range, `gen_length` or `early_stop`.
+    """
+    for name in options:
+        if ALIASES.get(name, name) in ("gen_length", "early_stop"):
+            raise OptionError(f"infilling takes no {name}: it writes where the masks of its inputs stand, all of them.")
+    return SamplingConfig.from_options(**options, early_stop=False)
 
 
 def generation_config(**options: Any) -> SamplingConfig:
