@@ -36,6 +36,10 @@ def letter(token: int) -> str:
     return chr(ord("A") + token)
 
 
+def letters(tokens: list[int]) -> str:
+    return "".join(map(letter, tokens))
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[list[str | None], list[list[int]]]:
     """A row with blanks, and the blanks in the order in which steps fill them."""
@@ -55,7 +59,7 @@ def test_on_a_terminal_masks_become_tokens_and_given_ones_stay(run: tuple[list[s
     start, steps = run
     to = console(terminal=True)
     frames = []
-    with LiveCanvas(start, letter, steps=len(steps), seconds=0, console=to) as live:
+    with LiveCanvas(start, letters, steps=len(steps), seconds=0, console=to) as live:
         frames.append(list(live.pieces))
         for number, places in enumerate(steps):
             # another row of the batch commits as well, and must not be seen
@@ -77,7 +81,7 @@ def test_on_a_terminal_masks_become_tokens_and_given_ones_stay(run: tuple[list[s
 
 def test_what_is_fresh_stands_out_for_one_step() -> None:
     to = console(terminal=True)
-    with LiveCanvas(["a", None, None], letter, seconds=0, console=to) as live:
+    with LiveCanvas(["a", None, None], letters, seconds=0, console=to) as live:
         live(event(0, (0, 1, 0)))
         assert live.styles == ["bold", "black on green", "dim"]
         live(event(1, (0, 2, 1)))
@@ -88,7 +92,7 @@ def test_what_is_fresh_stands_out_for_one_step() -> None:
 def test_a_pipe_gets_three_frames() -> None:
     to = console(terminal=False)
     blanks = 40
-    with LiveCanvas([None] * blanks, letter, console=to) as live:
+    with LiveCanvas([None] * blanks, letters, console=to) as live:
         for place in range(blanks):
             live(event(place, (0, place, 0)))
     lines = written(to).splitlines()
@@ -98,7 +102,7 @@ def test_a_pipe_gets_three_frames() -> None:
 
 def test_fewer_steps_than_foreseen_end_as_all_of_them() -> None:
     to = console(terminal=False)
-    with LiveCanvas([None, None], letter, steps=9, console=to) as live:
+    with LiveCanvas([None, None], letters, steps=9, console=to) as live:
         live(event(0, (0, 0, 0), (0, 1, 0)))
     assert written(to).endswith("AA\nstep 1 of 1\n")
 
@@ -106,7 +110,7 @@ def test_fewer_steps_than_foreseen_end_as_all_of_them() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_error_passes_through_and_the_terminal_is_given_back(terminal: bool) -> None:
     to = console(terminal)
-    canvas = LiveCanvas([None], letter, console=to)
+    canvas = LiveCanvas([None], letters, console=to)
     with pytest.raises(ZeroDivisionError), canvas:
         raise ZeroDivisionError
     assert not canvas.live.is_started

@@ -195,6 +195,9 @@ def answer_text(
     return tokenizer.decode(answer[:stop], skip_special_tokens=True)
 
 
+infill = infilling
+
+
 def generation_config(**options: Any) -> SamplingConfig:
     """The settings of `generate`, checked without a model.
 
