@@ -12,7 +12,6 @@ import pytest
 import dllm
 from dllm.pipelines import llada
 
-
 OTHER_NAMES = {"infill": "infilling"}
 
 
