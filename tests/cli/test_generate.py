@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from system.workshop import save_tiny_model
 
-from dllm.cli import display, generate
+from dllm.cli import batches, display
 from dllm.cli.main import main
 from dllm.data.sudoku import is_solution, puzzles
 from dllm.pipelines.llada import generate as write
@@ -38,7 +38,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(arguments: Namespace) -> tuple[Any, Any]:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr(generate, "_load", load)
+    monkeypatch.setattr(batches, "load", load)
 
 
 def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -49,7 +49,11 @@ def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def records(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out(capsys, *arguments, "--json").splitlines()]
+    """The answers, without how long they took."""
+    rows = [json.loads(line) for line in out(capsys, *arguments, "--json").splitlines()]
+    for row in rows:
+        assert row.pop("seconds") >= 0
+    return rows
 
 
 # What only a trained model can do ------------------------------------------------------------------------------------
@@ -93,16 +97,19 @@ def test_json_has_one_object_a_puzzle(capsys: pytest.CaptureFixture[str]) -> Non
     first, second = records(capsys, PUZZLE, EASY, "--steps", "7")
     assert (first["prompt"], first["nfe"], first["new_tokens"]) == (PUZZLE, 7, 51)
     assert (second["prompt"], second["nfe"], second["new_tokens"]) == (EASY, 2, 2)
-    for row in (first, second):
-        assert set(row) == {"prompt", "text", "solved", "nfe", "new_tokens"}
+    keys = {"row", "prompt", "text", "solved", "steps", "nfe", "new_tokens", "tokens_per_forward"}
+    for number, row in enumerate((first, second)):
+        assert set(row) == keys
+        assert row["row"] == number
+        assert row["tokens_per_forward"] == pytest.approx(row["new_tokens"] / row["nfe"], abs=1e-4)
         assert row["solved"] == is_solution(row["prompt"], row["text"])
 
 
 def test_puzzles_in_a_batch_are_solved_as_each_is_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    run = [PUZZLE, EASY, PUZZLE, "--steps", "4", "--temperature", "50", "--json"]
-    one, two, all_three = (out(capsys, *run, "--batch_size", size) for size in ("1", "2", "100"))
+    run = [PUZZLE, EASY, PUZZLE, "--steps", "4", "--temperature", "50"]
+    one, two, all_three = (records(capsys, *run, "--batch_size", size) for size in ("1", "2", "100"))
     assert one == two == all_three
-    first, _, third = (json.loads(line)["text"] for line in one.splitlines())
+    first, _, third = (row["text"] for row in one)
     assert first != third, "each prompt has noise of its own"
 
 
@@ -121,9 +128,9 @@ def test_a_seed_names_the_puzzle_and_no_seed_draws_one(capsys: pytest.CaptureFix
 
 def test_a_full_grid_needs_no_forward(capsys: pytest.CaptureFixture[str]) -> None:
     (solution,) = (s for _, s in puzzles(9, "test", 1, clues=(40, 40)))
-    assert records(capsys, solution) == [
-        {"prompt": solution, "text": solution, "solved": True, "nfe": 0, "new_tokens": 0}
-    ]
+    (row,) = records(capsys, solution)
+    assert (row["text"], row["solved"]) == (solution, True)
+    assert (row["steps"], row["nfe"], row["new_tokens"], row["tokens_per_forward"]) == (0, 0, 0, 0.0)
 
 
 def test_on_a_terminal_the_grid_fills_step_by_step(
