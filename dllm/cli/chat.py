@@ -126,6 +126,8 @@ class Chat:
             self._note("This message holds bytes that are no text in UTF-8: it is left out.")
             return
         self.messages.append({"role": "user", "content": content})
+        from dllm.cli.display import say
+
         try:
             prompt = self._prompt()
             text = self._write(prompt)
@@ -137,7 +139,7 @@ class Chat:
             self._note(str(error))
         else:
             self.messages.append({"role": "assistant", "content": text})
-            self.console.print(Text(text), soft_wrap=True)
+            say(self.console, (text, ""))
 
     def _prompt(self) -> Tensor:
         """int64 [length] of what the model is given: the conversation, less its oldest exchanges where the context is full.

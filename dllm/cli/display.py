@@ -109,7 +109,24 @@ class LiveCanvas:
 
 def running_text(pieces: Sequence[str], styles: Sequence[str]) -> Text:
     """One piece after the other."""
-    return Text.assemble(*zip(pieces, styles, strict=True))
+    return Text.assemble(*((visible(piece), style) for piece, style in zip(pieces, styles, strict=True)))
+
+
+def visible(text: str) -> str:
+    """Control characters as the signs that stand for them: what a model writes must not steer a terminal."""
+    return text.translate(_SIGNS)
+
+
+_SIGNS = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_SIGNS |= {0x7F: "\u2421"} | dict.fromkeys(range(128, 160), "�")
+
+
+def say(console: Console, *parts: tuple[str, str]) -> None:
+    """Prints (text, style) one after the other; on a terminal with colours and with control characters made visible."""
+    if console.is_terminal:
+        console.print(Text.assemble(*((visible(text), style) for text, style in parts)), soft_wrap=True)
+    else:
+        print("".join(text for text, _ in parts), file=console.file)
 
 
 def sudoku_grid(pieces: Sequence[str], styles: Sequence[str]) -> Text:

@@ -109,7 +109,9 @@ class AnswerFile:
                     f"--output {self.path}: line {number} answers row {record['row']}, and there are {len(requests)} prompts: "
                     f"these are other prompts. Name another file."
                 ) from None
-            if {key: value for key, value in record.items() if key not in ANSWER_KEYS} != request.given:
+            given = {key: value for key, value in record.items() if key not in ANSWER_KEYS}
+            # as texts: NaN, which some files hold, does not equal itself
+            if json.dumps(given, sort_keys=True) != json.dumps(request.given, sort_keys=True):
                 raise OptionError(
                     f"--output {self.path}: line {number} answers another prompt than row {record['row']} is now. Give the "
                     f"prompts as they were (more may follow), or name another file."

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
-from rich.text import Text
 
 from dllm.cli.requests import Request
 from dllm.errors import OptionError
@@ -201,11 +200,12 @@ class Writing(Task):
         )
 
     def show(self, console: Console, prepared: Prepared, record: dict[str, Any], *, live: bool) -> None:
+        from dllm.cli.display import say
+
         if live:
-            console.print(Text(record["text"], "green"))
-            return
-        console.print(Text.assemble(("> ", "bold"), prepared.request.title), soft_wrap=True)
-        console.print(Text(record["text"] + "\n"), soft_wrap=True)
+            say(console, (record["text"], "green"))
+        else:
+            say(console, ("> ", "bold"), (f"{prepared.request.title}\n{record['text']}\n", ""))
 
 
 class Blanks(Task):
@@ -253,14 +253,16 @@ class Blanks(Task):
         return LiveCanvas(start, self._plain, steps=steps, seconds=self.seconds, mask_token_id=mask, transient=True)
 
     def show(self, console: Console, prepared: Prepared, record: dict[str, Any], *, live: bool) -> None:
-        text = Text()
-        place = 0
+        from dllm.cli.display import say
+
+        text, place = record["text"], 0
+        parts: list[tuple[str, str]] = []
         for span in record["spans"]:  # in their order; one that stands nowhere shares a character with what was given
-            found = record["text"].find(span, place)
+            found = text.find(span, place)
             if span and found >= 0:
-                text.append(record["text"][place:found]).append(span, "green")
+                parts += [(text[place:found], ""), (span, "green")]
                 place = found + len(span)
-        console.print(text.append(record["text"][place:]), soft_wrap=True)
+        say(console, *parts, (text[place:], ""))
 
     def _parts(self, prepared: Prepared, sequence: Tensor) -> list[tuple[str, bool]]:
         """The text in runs of given and of filled tokens: (text, whether it was filled)."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dllm.cli.display import LiveCanvas, running_text, sudoku_grid
+from dllm.cli.display import LiveCanvas, running_text, say, sudoku_grid
 from dllm.sampling.trace import StepEvent
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
@@ -128,6 +128,47 @@ def test_a_grid_holds_its_cells_in_row_order_and_its_boxes(size: int, box_rows: 
     for line in lines:
         assert line.count("│") in (0, size // box_columns + 1)
     assert [lines[0][0], lines[-1][-1]] == ["┌", "┘"]
+
+
+def test_a_character_over_several_tokens_is_whole_once_they_are_all_there() -> None:
+    moon = "\N{FULL MOON SYMBOL}".encode()
+
+    def decode(tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    with LiveCanvas([None] * 4, decode, seconds=0, console=console(terminal=True), offset=7) as live:
+        for step, place in enumerate((3, 1, 0)):
+            live(event(step, (0, 7 + place, moon[place])))
+        assert live.pieces == ["\ufffd", "\ufffd", "·", "\ufffd"]
+        live(event(3, (0, 9, moon[2])))
+        assert live.pieces == ["\N{FULL MOON SYMBOL}", "", "", ""]
+
+
+def test_a_token_that_is_taken_back_is_a_mask_again() -> None:
+    with LiveCanvas(["a", None], letters, seconds=0, console=console(terminal=True), mask_token_id=9) as live:
+        live(event(0, (0, 1, 0)))
+        live(event(1, (0, 1, 9)))
+        assert (live.pieces, live.styles) == (["a", "·"], ["bold", "dim"])
+
+
+def test_a_transient_canvas_leaves_nothing() -> None:
+    to = console(terminal=True)
+    with LiveCanvas([None], letters, seconds=0, console=to, transient=True) as live:
+        live(event(0, (0, 0, 0)))
+    assert isinstance(to.file, io.StringIO)
+    end = to.file.getvalue().rpartition("step 1 of 1")[2]
+    assert end.count("\x1b[1A\x1b[2K") == 2, "its two lines are wiped"
+
+
+def test_what_a_model_writes_does_not_steer_a_terminal_and_is_not_changed_in_a_pipe() -> None:
+    hostile = "\x1b]0;title\x07\x9b31m\r\x08\x7fé\ttab"
+    terminal, pipe = console(terminal=True), console(terminal=False)
+    for to in (terminal, pipe):
+        say(to, ("> ", "bold"), (hostile, ""))
+    assert written(terminal) == "> ␛]0;title␇\ufffd31m␍␈␡é\ttab\n".expandtabs(8)
+    assert isinstance(pipe.file, io.StringIO)
+    assert pipe.file.getvalue() == f"> {hostile}\n"
+    assert running_text([hostile], ["dim"]).plain == "␛]0;title␇\ufffd31m␍␈␡é\ttab"
 
 
 def test_square_brackets_are_text_and_not_markup() -> None:
