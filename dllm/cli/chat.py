@@ -34,6 +34,7 @@ _NOTE = "dim"
 def main(argv: Sequence[str]) -> None:
     """Parses the command line and talks until the end of the input."""
     from dllm.cli.batches import add_model_options, load
+    from dllm.cli.tasks import EMBEDDED
 
     parser = Parser(
         prog="dllm chat",
@@ -53,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
     from dllm.pipelines.llada.generate import generation_config
 
     generation_config(**options)
+    if arguments.model_name_or_path == EMBEDDED:
+        raise OptionError(f"{EMBEDDED} writes sudoku grids and nothing else: name a model that was made to talk.")
     model, tokenizer = load(arguments)
     if tokenizer.chat_template is None:
         raise OptionError(
