@@ -152,9 +152,9 @@ class Chat:
         """
         from jinja2 import TemplateError
 
-        from dllm.pipelines.llada.generate import check_fits, encode_prompt
+        from dllm.pipelines.llada.generate import encode_prompt, generation_config, generation_request
 
-        first = 0
+        first, config = 0, generation_config(**self.options)
         while True:
             told: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
             try:
@@ -162,7 +162,7 @@ class Chat:
             except TemplateError as error:
                 raise OptionError(f"The chat template refuses this conversation: {error}") from error
             try:
-                check_fits(self.model, ids, SamplingConfig.from_options(**self.options).gen_length, "The message")
+                generation_request(self.model, self.tokenizer, ids, config, what="The message")
             except OptionError:
                 first += 2  # a question and its answer
                 if first >= len(self.messages):

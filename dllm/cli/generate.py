@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
 
     from dllm.cli.batches import add_run_options, run
     from dllm.cli.requests import read_requests
-    from dllm.cli.tasks import EMBEDDED, Puzzles, Writing
+    from dllm.cli.tasks import EMBEDDED, Puzzles, Writing, refuse_lengths
 
     parser = Parser(
         prog="dllm generate",
@@ -50,10 +50,7 @@ def main(argv: Sequence[str]) -> int:
     settings |= {name: getattr(arguments, name) for name in ("model_name_or_path", "dtype", "raw")}
     settings |= dataclasses.asdict(config)
     if arguments.model_name_or_path == EMBEDDED:
-        if "gen_length" in options:
-            raise OptionError(
-                "--gen_length has no meaning for a puzzle: its blanks say what to write. Name a model for text."
-            )
+        refuse_lengths(options)
         requests = requests or [Puzzles.unseen(options.get("seed"))]
         return run(arguments, Puzzles, requests, options, settings)
     if not requests:

@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
 
     from dllm.cli.batches import add_run_options, run
     from dllm.cli.requests import read_requests
-    from dllm.cli.tasks import EMBEDDED, Blanks, Puzzles
+    from dllm.cli.tasks import EMBEDDED, Blanks, Puzzles, refuse_lengths
 
     parser = Parser(
         prog="dllm infill",
@@ -36,9 +36,8 @@ def main(argv: Sequence[str]) -> int:
     add_settings(parser, SamplingConfig, ALIASES)
     arguments = parser.parse_args(list(argv))
     options = given_settings(arguments, SamplingConfig)
-    if "gen_length" in options:
-        raise OptionError("--gen_length has no meaning here: the blanks say how much to write.")
-    config = SamplingConfig.from_options(**options)
+    refuse_lengths(options)
+    config = SamplingConfig.from_options(**options, early_stop=False)
     requests = read_requests(arguments.texts, arguments.prompts_file, arguments.prompts_format)
     settings = {"command": "infill"}
     settings |= {name: getattr(arguments, name) for name in ("model_name_or_path", "dtype")}

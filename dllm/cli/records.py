@@ -27,7 +27,7 @@ def statistics(result: SamplingResult, place: int, seconds: float) -> dict[str, 
 
     Returns:
         steps; nfe, the forwards that the row took part in (guidance takes two a step); new_tokens, masks filled;
-        tokens_per_forward, new_tokens / nfe; seconds, of the whole batch.
+        tokens_per_forward, new_tokens / nfe; seconds, of the whole batch; exact, False where a cache approximates.
     """
     a_step = result.nfe // max(1, max(result.steps))
     nfe, new_tokens = result.steps[place] * a_step, result.new_tokens[place]
@@ -37,6 +37,7 @@ def statistics(result: SamplingResult, place: int, seconds: float) -> dict[str, 
         "new_tokens": new_tokens,
         "tokens_per_forward": round(new_tokens / nfe, 4) if nfe else 0.0,
         "seconds": round(seconds, 4),
+        "exact": result.exact,
     }
 
 

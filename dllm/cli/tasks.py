@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
@@ -165,18 +165,16 @@ class Writing(Task):
     """Text after a prompt; in the chat template where the tokenizer has one, unless the prompts are raw."""
 
     def prepare(self, request: Request) -> Prepared:
-        from dllm.pipelines.llada.generate import check_fits, encode_prompt
-        from dllm.sampling.config import SamplingConfig
+        from dllm.pipelines.llada.generate import generation_config, generation_request
 
         prompt: Any = request.prompt
         if not isinstance(prompt, str):
             _check_template(self.tokenizer, raw=self.raw)
         elif self.tokenizer.chat_template is not None and not self.raw:
             prompt = [{"role": "user", "content": prompt}]
-        ids = _templated(lambda: encode_prompt(self.tokenizer, prompt))
-        gen_length = SamplingConfig.from_options(**self.options).gen_length
-        check_fits(self.model, ids, gen_length)
-        return Prepared(request, ids, gen_length)
+        config = generation_config(**self.options)
+        asked = _templated(lambda: generation_request(self.model, self.tokenizer, prompt, config, what="The prompt"))
+        return Prepared(request, asked.canvas[~asked.masked], config.gen_length)
 
     def sample(self, batch: Sequence[Prepared], **extra: Any) -> SamplingResult:
         from dllm.pipelines.llada.generate import generate
@@ -217,7 +215,8 @@ class Blanks(Task):
             expand_blanks(text, "")
 
     def prepare(self, request: Request) -> Prepared:
-        from dllm.pipelines.llada.generate import check_fits, encode_prompt
+        from dllm.pipelines.llada.generate import infilling_request
+        from dllm.sampling.config import SamplingConfig
 
         prompt: Any = request.prompt
         if not isinstance(prompt, str):
@@ -226,14 +225,14 @@ class Blanks(Task):
             text = _templated(lambda: str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
         else:
             text = expand_blanks(prompt, self.mask)
-        ids = encode_prompt(self.tokenizer, text)
-        check_fits(self.model, ids, what="The text")
-        masks = int((ids == self.tokenizer.mask_token_id).sum())
+        config = SamplingConfig.from_options(**self.options, early_stop=False)
+        asked = infilling_request(self.model, self.tokenizer, text, config, what="The text")
+        masks = int(asked.masked.sum())
         if not masks:
             raise OptionError(
                 f"{request.title[:80]!r} has no blank: write [MASK:3] for three tokens, or {self.mask} for one."
             )
-        return Prepared(request, ids, masks)
+        return Prepared(request, asked.canvas, masks)
 
     def sample(self, batch: Sequence[Prepared], **extra: Any) -> SamplingResult:
         from dllm.pipelines.llada.generate import infilling
@@ -295,6 +294,17 @@ def expand_blanks(text: str, mask_token: str) -> str:
     if "[MASK]" in rest and mask_token not in ("", "[MASK]"):
         raise OptionError("'[MASK]' is no token of this tokenizer. Did you mean '[MASK:1]'?")
     return BLANK.sub(masks, text)
+
+
+def refuse_lengths(options: Mapping[str, Any]) -> None:
+    """Blanks say where to write, all of them.
+
+    Raises:
+        OptionError: an option says how much to write.
+    """
+    for name in ("gen_length", "early_stop"):
+        if name in options:
+            raise OptionError(f"--{name} has no meaning here: the blanks say where to write. Name a model for text.")
 
 
 def _texts(request: Request) -> list[str]:

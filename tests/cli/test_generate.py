@@ -99,7 +99,7 @@ def test_json_has_one_object_a_puzzle(capsys: pytest.CaptureFixture[str]) -> Non
     first, second = records(capsys, PUZZLE, EASY, "--steps", "7")
     assert (first["prompt"], first["nfe"], first["new_tokens"]) == (PUZZLE, 7, 51)
     assert (second["prompt"], second["nfe"], second["new_tokens"]) == (EASY, 2, 2)
-    keys = {"row", "prompt", "text", "solved", "steps", "nfe", "new_tokens", "tokens_per_forward"}
+    keys = {"row", "prompt", "text", "solved", "steps", "nfe", "new_tokens", "tokens_per_forward", "exact"}
     for number, row in enumerate((first, second)):
         assert set(row) == keys
         assert row["row"] == number
@@ -166,8 +166,8 @@ def test_on_a_terminal_the_grid_fills_step_by_step(
         (["5" + PUZZLE[1:9].replace("3", "5") + PUZZLE[9:]], "5"),
         (["12345678." + "." * 8 + "9" + "." * 63], "has no solution"),
         ([EASY, PUZZLE + "1"], "has 82 characters"),
-        ([PUZZLE, "--gen_length", "9"], "--gen_length has no meaning for a puzzle"),
-        ([PUZZLE, "--max_new_tokens", "9"], "--gen_length has no meaning for a puzzle"),
+        ([PUZZLE, "--gen_length", "9"], "--gen_length has no meaning here: the blanks say where to write"),
+        ([PUZZLE, "--max_new_tokens", "9"], "--gen_length has no meaning here: the blanks say where to write"),
         ([PUZZLE, "--temperature", "-1"], "temperature=-1.0: it is 0 or more"),
         ([PUZZLE, "--steps", "0"], "steps=0: it is a whole number, at least 1"),
         ([PUZZLE, "--batch_size", "0"], "--batch_size 0: it is at least 1"),

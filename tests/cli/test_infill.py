@@ -137,7 +137,8 @@ def test_a_text_without_a_blank_fails_alone_in_a_file_and_ends_the_command_as_a_
     ("arguments", "message"),
     [
         ([], "Give a text with blanks"),
-        (["a [MASK:1]", "--gen_length", "3"], "--gen_length has no meaning here: the blanks say how much to write"),
+        (["a [MASK:1]", "--gen_length", "3"], "--gen_length has no meaning here: the blanks say where to write"),
+        (["a [MASK:1]", "--no-early_stop"], "--early_stop has no meaning here: the blanks say where to write"),
         (["a [MASK:1]", "--max_tokens", "3"], "--gen_length has no meaning here"),
         (["a [mask:1]"], r"Did you mean '\[MASK:3\]'"),
         (["a [MASK:1]", "--raw"], "There is no option '--raw'"),

@@ -39,6 +39,7 @@ def test_a_row_costs_the_forwards_it_took_part_in() -> None:
         "new_tokens": 30,
         "tokens_per_forward": 1.5,
         "seconds": 1.2346,
+        "exact": True,
     }
     second, third = statistics(result, 1, 1.0), statistics(result, 2, 1.0)
     assert (second["nfe"], second["tokens_per_forward"]) == (8, 0.625)
