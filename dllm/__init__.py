@@ -17,7 +17,7 @@ from dllm.errors import CheckpointError, DataError, DllmError, MissingExtraError
 
 if TYPE_CHECKING:
     from dllm.pipelines.llada.engine import Engine
-    from dllm.pipelines.llada.generate import SamplingResult, generate, infilling
+    from dllm.pipelines.llada.generate import SamplingResult, generate, infill, infilling
     from dllm.pipelines.llada.loading import load_model
     from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
     from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
@@ -39,6 +39,7 @@ _LAZY = {
     "SamplingConfig": "dllm.sampling.config",
     "SamplingResult": "dllm.pipelines.llada.generate",
     "generate": "dllm.pipelines.llada.generate",
+    "infill": "dllm.pipelines.llada.generate",
     "infilling": "dllm.pipelines.llada.generate",
     "load_model": "dllm.pipelines.llada.loading",
     "load_tokenizer": "dllm.pipelines.llada.tokenizer",
@@ -61,6 +62,7 @@ __all__ = [
     "SamplingConfig",
     "SamplingResult",
     "generate",
+    "infill",
     "infilling",
     "load_model",
     "load_tokenizer",

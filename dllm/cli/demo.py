@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     console.rule("3. watch")
     puzzle = unseen[0]
     start = [None if c == "." else c for c in puzzle]
-    with LiveCanvas(start, lambda i: tokenizer.decode([i]), draw=sudoku_grid, console=console) as live:
+    with LiveCanvas(start, tokenizer.decode, draw=sudoku_grid, console=console) as live:
         (grid,), _ = fill_puzzles(model, tokenizer, [puzzle], on_step=live)
     console.print("solved" if is_solution(puzzle, grid) else "NOT solved: the model erred")
 

@@ -10,8 +10,10 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from dllm.sampling.pieces import TokenPieces
 from dllm.sampling.trace import StepEvent
 
+MASK = "·"
 GIVEN, FRESH, FILLED, BLANK = "bold", "black on green", "green", "dim"
 Draw = Callable[[Sequence[str], Sequence[str]], Text]
 """(pieces, styles) -> what to print; a piece is a token's text, or a sign for a mask."""
@@ -22,33 +24,41 @@ class LiveCanvas:
 
     Args:
         start: the text of each position; None where it is masked.
-        decode: the text of a token id.
+        decode: the text of token ids, such as `tokenizer.decode`; neighbours are decoded together.
         draw: lays the pieces out; plain running text by default.
         row: which row of the batch to show.
         seconds: time over which to spread the steps that are shown, however fast the model is.
         steps: how many steps there will be.
         console: where to; standard output by default. Not a terminal: the first, the middle and the last frame.
+        offset: the canvas position of the first piece.
+        mask_token_id: a token that is taken back comes as this one.
+        transient: the canvas goes from the terminal when it is done.
     """
 
     def __init__(
         self,
         start: Sequence[str | None],
-        decode: Callable[[int], str],
+        decode: Callable[[list[int]], str],
         *,
         draw: Draw | None = None,
         row: int = 0,
         seconds: float = 6.0,
         steps: int | None = None,
         console: Console | None = None,
+        offset: int = 0,
+        mask_token_id: int | None = None,
+        transient: bool = False,
     ) -> None:
-        self.pieces = ["·" if piece is None else piece for piece in start]
+        self.pieces = [MASK if piece is None else piece for piece in start]
         self.styles = [BLANK if piece is None else GIVEN for piece in start]
-        self.decode, self.draw, self.row = decode, draw or running_text, row
+        self.tokens: list[int | None] = [None] * len(start)
+        self.split, self.draw, self.row = TokenPieces(decode), draw or running_text, row
+        self.offset, self.mask_token_id = offset, mask_token_id
         self.total = steps if steps is not None else sum(piece is None for piece in start)
         self.pause = seconds / max(1, self.total)
         self.console = console or Console()
         self.done = 0
-        self.live = Live(console=self.console, auto_refresh=False, transient=False)
+        self.live = Live(console=self.console, auto_refresh=False, transient=transient)
 
     def __enter__(self) -> LiveCanvas:
         if self.console.is_terminal:
@@ -74,7 +84,14 @@ class LiveCanvas:
         if not bool(here.any()):
             return
         for position, token in zip(event.position[here].tolist(), event.token[here].tolist(), strict=True):
-            self.pieces[position], self.styles[position] = self.decode(token), FRESH
+            place = position - self.offset
+            self.tokens[place] = None if token == self.mask_token_id else token
+            self.pieces[place], self.styles[place] = MASK, BLANK if self.tokens[place] is None else FRESH
+        for place, piece in enumerate(
+            self.split(self.tokens)
+        ):  # all: a new token may make its neighbours' character whole
+            if piece is not None:
+                self.pieces[place] = piece
         self.done += 1
         self._show()
         if self.console.is_terminal:
@@ -92,7 +109,24 @@ class LiveCanvas:
 
 def running_text(pieces: Sequence[str], styles: Sequence[str]) -> Text:
     """One piece after the other."""
-    return Text.assemble(*zip(pieces, styles, strict=True))
+    return Text.assemble(*((visible(piece), style) for piece, style in zip(pieces, styles, strict=True)))
+
+
+def visible(text: str) -> str:
+    """Control characters as the signs that stand for them: what a model writes must not steer a terminal."""
+    return text.translate(_SIGNS)
+
+
+_SIGNS = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"}
+_SIGNS |= {0x7F: "\u2421"} | dict.fromkeys(range(128, 160), "�")
+
+
+def say(console: Console, *parts: tuple[str, str]) -> None:
+    """Prints (text, style) one after the other; on a terminal with colours and with control characters made visible."""
+    if console.is_terminal:
+        console.print(Text.assemble(*((visible(text), style) for text, style in parts)), soft_wrap=True)
+    else:
+        print("".join(text for text, _ in parts), file=console.file)
 
 
 def sudoku_grid(pieces: Sequence[str], styles: Sequence[str]) -> Text:

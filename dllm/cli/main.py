@@ -14,6 +14,8 @@ COMMANDS = {
     "demo": "train a small model on sudoku from scratch, watch it solve unseen puzzles (3 minutes)",
     "convert": "write a checkpoint anew: another dtype, other shards, an adapter merged",
     "generate": "write after prompts, or solve a puzzle with the model that ships inside",
+    "infill": "fill blanks that stand anywhere in a text, or those of a puzzle",
+    "chat": "talk with a model in the terminal, and see its answers take shape",
     "info": "what a checkpoint is: architecture, parameters, tokens, memory",
     "prepare": "turn data into rows of tokens once, for many runs",
     "pretrain": "pretrain a model on plain text",
@@ -22,7 +24,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit status (2 for an error that the user can put right)."""
+    """Runs one command; returns the exit status: 2 for an error that the user can put right, 1 if some rows failed."""
     try:
         try:
             return _run(argv)
@@ -48,14 +50,13 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"dllm: there is no command {name!r}.{did_you_mean(name, COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        importlib.import_module(f"dllm.cli.{name}").main(rest)
+        return int(importlib.import_module(f"dllm.cli.{name}").main(rest) or 0)
     except DllmError as error:
         print(f"dllm {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\ndllm {name}: stopped.", file=sys.stderr)
         return 130
-    return 0
 
 
 def _usage() -> str:

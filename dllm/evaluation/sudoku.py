@@ -41,9 +41,14 @@ def fill_puzzles(
     Returns:
         (the filled grids as digits, what `infilling` gave).
     """
-    blanks = str.maketrans(dict.fromkeys(".0_", str(tokenizer.mask_token)))
-    result = infilling(model, tokenizer, [p.translate(blanks) + str(tokenizer.eos_token) for p in puzzles], **options)
+    result = infilling(model, tokenizer, [puzzle_text(tokenizer, puzzle) for puzzle in puzzles], **options)
     return [text[: len(puzzle)] for text, puzzle in zip(result.texts, puzzles, strict=True)], result
+
+
+def puzzle_text(tokenizer: PreTrainedTokenizerBase, puzzle: str) -> str:
+    """A puzzle as the model reads it: masks for blanks (`.`, `0` or `_`), then end-of-text."""
+    blanks = str.maketrans(dict.fromkeys(".0_", str(tokenizer.mask_token)))
+    return puzzle.translate(blanks) + str(tokenizer.eos_token)
 
 
 def score(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from dllm.errors import DataError
+
+FORMAT = "dllm.trace/1"
 
 
 class StepEvent(NamedTuple):
@@ -49,3 +53,44 @@ class Trace:
         for event in self.events:
             steps[event.position[event.row == row]] = event.step
         return steps
+
+    def to_json(self) -> dict[str, Any]:
+        """The trace as lists and numbers, for a file; `from_json` reads them."""
+        events = [
+            {name: value.tolist() if isinstance(value, Tensor) else value for name, value in event._asdict().items()}
+            for event in self.events
+        ]
+        return {"format": FORMAT, "start": [row.tolist() for row in self.start], "events": events}
+
+    @classmethod
+    def from_json(cls, found: Any) -> Trace:
+        """The trace that `to_json` gave; other keys beside its own are left alone.
+
+        Raises:
+            DataError: it is not of that form.
+        """
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            raise DataError(f'This is no trace: a trace is a JSON object with "format": "{FORMAT}".')
+        try:
+            start = [torch.tensor(row, dtype=torch.int64) for row in found["start"]]
+            events = [StepEvent(**{name: _read(name, value) for name, value in e.items()}) for e in found["events"]]
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"This trace is damaged: {type(error).__name__}: {error}") from error
+        return cls(start, events)
+
+    @classmethod
+    def joined(cls, traces: Iterable[Trace]) -> Trace:
+        """One trace of several runs, the rows of each after those of the run before. Their steps stand beside each other."""
+        whole = cls([])
+        for trace in traces:
+            offset = len(whole.start)
+            whole.start += trace.start
+            whole.events += [event._replace(row=event.row + offset) for event in trace.events]
+        return whole
+
+
+def _read(name: str, value: Any) -> Any:
+    """A field of a StepEvent from its JSON."""
+    if not isinstance(value, list):
+        return value
+    return torch.tensor(value, dtype=torch.float32 if name == "confidence" else torch.int64)

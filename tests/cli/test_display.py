@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from dllm.cli.display import LiveCanvas, running_text, sudoku_grid
+from dllm.cli.display import LiveCanvas, running_text, say, sudoku_grid
 from dllm.sampling.trace import StepEvent
 
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
@@ -36,6 +36,10 @@ def letter(token: int) -> str:
     return chr(ord("A") + token)
 
 
+def letters(tokens: list[int]) -> str:
+    return "".join(map(letter, tokens))
+
+
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[list[str | None], list[list[int]]]:
     """A row with blanks, and the blanks in the order in which steps fill them."""
@@ -55,7 +59,7 @@ def test_on_a_terminal_masks_become_tokens_and_given_ones_stay(run: tuple[list[s
     start, steps = run
     to = console(terminal=True)
     frames = []
-    with LiveCanvas(start, letter, steps=len(steps), seconds=0, console=to) as live:
+    with LiveCanvas(start, letters, steps=len(steps), seconds=0, console=to) as live:
         frames.append(list(live.pieces))
         for number, places in enumerate(steps):
             # another row of the batch commits as well, and must not be seen
@@ -77,7 +81,7 @@ def test_on_a_terminal_masks_become_tokens_and_given_ones_stay(run: tuple[list[s
 
 def test_what_is_fresh_stands_out_for_one_step() -> None:
     to = console(terminal=True)
-    with LiveCanvas(["a", None, None], letter, seconds=0, console=to) as live:
+    with LiveCanvas(["a", None, None], letters, seconds=0, console=to) as live:
         live(event(0, (0, 1, 0)))
         assert live.styles == ["bold", "black on green", "dim"]
         live(event(1, (0, 2, 1)))
@@ -88,7 +92,7 @@ def test_what_is_fresh_stands_out_for_one_step() -> None:
 def test_a_pipe_gets_three_frames() -> None:
     to = console(terminal=False)
     blanks = 40
-    with LiveCanvas([None] * blanks, letter, console=to) as live:
+    with LiveCanvas([None] * blanks, letters, console=to) as live:
         for place in range(blanks):
             live(event(place, (0, place, 0)))
     lines = written(to).splitlines()
@@ -98,7 +102,7 @@ def test_a_pipe_gets_three_frames() -> None:
 
 def test_fewer_steps_than_foreseen_end_as_all_of_them() -> None:
     to = console(terminal=False)
-    with LiveCanvas([None, None], letter, steps=9, console=to) as live:
+    with LiveCanvas([None, None], letters, steps=9, console=to) as live:
         live(event(0, (0, 0, 0), (0, 1, 0)))
     assert written(to).endswith("AA\nstep 1 of 1\n")
 
@@ -106,7 +110,7 @@ def test_fewer_steps_than_foreseen_end_as_all_of_them() -> None:
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_error_passes_through_and_the_terminal_is_given_back(terminal: bool) -> None:
     to = console(terminal)
-    canvas = LiveCanvas([None], letter, console=to)
+    canvas = LiveCanvas([None], letters, console=to)
     with pytest.raises(ZeroDivisionError), canvas:
         raise ZeroDivisionError
     assert not canvas.live.is_started
@@ -124,6 +128,47 @@ def test_a_grid_holds_its_cells_in_row_order_and_its_boxes(size: int, box_rows: 
     for line in lines:
         assert line.count("│") in (0, size // box_columns + 1)
     assert [lines[0][0], lines[-1][-1]] == ["┌", "┘"]
+
+
+def test_a_character_over_several_tokens_is_whole_once_they_are_all_there() -> None:
+    moon = "\N{FULL MOON SYMBOL}".encode()
+
+    def decode(tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+    with LiveCanvas([None] * 4, decode, seconds=0, console=console(terminal=True), offset=7) as live:
+        for step, place in enumerate((3, 1, 0)):
+            live(event(step, (0, 7 + place, moon[place])))
+        assert live.pieces == ["\ufffd", "\ufffd", "·", "\ufffd"]
+        live(event(3, (0, 9, moon[2])))
+        assert live.pieces == ["\N{FULL MOON SYMBOL}", "", "", ""]
+
+
+def test_a_token_that_is_taken_back_is_a_mask_again() -> None:
+    with LiveCanvas(["a", None], letters, seconds=0, console=console(terminal=True), mask_token_id=9) as live:
+        live(event(0, (0, 1, 0)))
+        live(event(1, (0, 1, 9)))
+        assert (live.pieces, live.styles) == (["a", "·"], ["bold", "dim"])
+
+
+def test_a_transient_canvas_leaves_nothing() -> None:
+    to = console(terminal=True)
+    with LiveCanvas([None], letters, seconds=0, console=to, transient=True) as live:
+        live(event(0, (0, 0, 0)))
+    assert isinstance(to.file, io.StringIO)
+    end = to.file.getvalue().rpartition("step 1 of 1")[2]
+    assert end.count("\x1b[1A\x1b[2K") == 2, "its two lines are wiped"
+
+
+def test_what_a_model_writes_does_not_steer_a_terminal_and_is_not_changed_in_a_pipe() -> None:
+    hostile = "\x1b]0;title\x07\x9b31m\r\x08\x7fé\ttab"
+    terminal, pipe = console(terminal=True), console(terminal=False)
+    for to in (terminal, pipe):
+        say(to, ("> ", "bold"), (hostile, ""))
+    assert written(terminal) == "> ␛]0;title␇\ufffd31m␍␈␡é\ttab\n".expandtabs(8)
+    assert isinstance(pipe.file, io.StringIO)
+    assert pipe.file.getvalue() == f"> {hostile}\n"
+    assert running_text([hostile], ["dim"]).plain == "␛]0;title␇\ufffd31m␍␈␡é\ttab"
 
 
 def test_square_brackets_are_text_and_not_markup() -> None:

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from system.workshop import save_tiny_model
 
-from dllm.cli import display, generate
+from dllm.cli import batches, display
 from dllm.cli.main import main
 from dllm.data.sudoku import is_solution, puzzles
 from dllm.pipelines.llada import generate as write
 from dllm.pipelines.llada import load_model, load_tokenizer
+from dllm.sampling.trace import Trace
 
 EASY = "534678912672195348198342567859761423426853791713924856961537284287419635.4528617."
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -38,7 +40,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(arguments: Namespace) -> tuple[Any, Any]:
         raise AssertionError("the model was loaded first")
 
-    monkeypatch.setattr(generate, "_load", load)
+    monkeypatch.setattr(batches, "load", load)
 
 
 def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -49,7 +51,11 @@ def out(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def records(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out(capsys, *arguments, "--json").splitlines()]
+    """The answers, without how long they took."""
+    rows = [json.loads(line) for line in out(capsys, *arguments, "--json").splitlines()]
+    for row in rows:
+        assert row.pop("seconds") >= 0
+    return rows
 
 
 # What only a trained model can do ------------------------------------------------------------------------------------
@@ -93,16 +99,19 @@ def test_json_has_one_object_a_puzzle(capsys: pytest.CaptureFixture[str]) -> Non
     first, second = records(capsys, PUZZLE, EASY, "--steps", "7")
     assert (first["prompt"], first["nfe"], first["new_tokens"]) == (PUZZLE, 7, 51)
     assert (second["prompt"], second["nfe"], second["new_tokens"]) == (EASY, 2, 2)
-    for row in (first, second):
-        assert set(row) == {"prompt", "text", "solved", "nfe", "new_tokens"}
+    keys = {"row", "prompt", "text", "solved", "steps", "nfe", "new_tokens", "tokens_per_forward", "exact"}
+    for number, row in enumerate((first, second)):
+        assert set(row) == keys
+        assert row["row"] == number
+        assert row["tokens_per_forward"] == pytest.approx(row["new_tokens"] / row["nfe"], abs=1e-4)
         assert row["solved"] == is_solution(row["prompt"], row["text"])
 
 
 def test_puzzles_in_a_batch_are_solved_as_each_is_alone(capsys: pytest.CaptureFixture[str]) -> None:
-    run = [PUZZLE, EASY, PUZZLE, "--steps", "4", "--temperature", "50", "--json"]
-    one, two, all_three = (out(capsys, *run, "--batch_size", size) for size in ("1", "2", "100"))
+    run = [PUZZLE, EASY, PUZZLE, "--steps", "4", "--temperature", "50"]
+    one, two, all_three = (records(capsys, *run, "--batch_size", size) for size in ("1", "2", "100"))
     assert one == two == all_three
-    first, _, third = (json.loads(line)["text"] for line in one.splitlines())
+    first, _, third = (row["text"] for row in one)
     assert first != third, "each prompt has noise of its own"
 
 
@@ -121,9 +130,9 @@ def test_a_seed_names_the_puzzle_and_no_seed_draws_one(capsys: pytest.CaptureFix
 
 def test_a_full_grid_needs_no_forward(capsys: pytest.CaptureFixture[str]) -> None:
     (solution,) = (s for _, s in puzzles(9, "test", 1, clues=(40, 40)))
-    assert records(capsys, solution) == [
-        {"prompt": solution, "text": solution, "solved": True, "nfe": 0, "new_tokens": 0}
-    ]
+    (row,) = records(capsys, solution)
+    assert (row["text"], row["solved"]) == (solution, True)
+    assert (row["steps"], row["nfe"], row["new_tokens"], row["tokens_per_forward"]) == (0, 0, 0, 0.0)
 
 
 def test_on_a_terminal_the_grid_fills_step_by_step(
@@ -157,8 +166,8 @@ def test_on_a_terminal_the_grid_fills_step_by_step(
         (["5" + PUZZLE[1:9].replace("3", "5") + PUZZLE[9:]], "5"),
         (["12345678." + "." * 8 + "9" + "." * 63], "has no solution"),
         ([EASY, PUZZLE + "1"], "has 82 characters"),
-        ([PUZZLE, "--gen_length", "9"], "--gen_length has no meaning for a puzzle"),
-        ([PUZZLE, "--max_new_tokens", "9"], "--gen_length has no meaning for a puzzle"),
+        ([PUZZLE, "--gen_length", "9"], "--gen_length has no meaning here: the blanks say where to write"),
+        ([PUZZLE, "--max_new_tokens", "9"], "--gen_length has no meaning here: the blanks say where to write"),
         ([PUZZLE, "--temperature", "-1"], "temperature=-1.0: it is 0 or more"),
         ([PUZZLE, "--steps", "0"], "steps=0: it is a whole number, at least 1"),
         ([PUZZLE, "--batch_size", "0"], "--batch_size 0: it is at least 1"),
@@ -282,7 +291,7 @@ def test_on_a_terminal_one_answer_is_shown_as_it_is_written(
     (row,) = records(capsys, *run)
     shown = CONTROL.sub("", out(capsys, *run))
     assert [step for step in range(9) if f"step {step} of 6" in shown] == [0, 1, 2, 3, 4, 5, 6]
-    assert "".join(row["text"].split()) in "".join(shown.rsplit("step 5 of 6", 1)[1].split())
+    assert "".join(display.visible(row["text"]).split()) in "".join(shown.rsplit("step 5 of 6", 1)[1].split())
 
 
 def test_the_embedded_model_may_also_be_named_as_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,3 +300,168 @@ def test_the_embedded_model_may_also_be_named_as_a_folder(tmp_path: Path, capsys
     shutil.copytree(folder, tmp_path / "copy")
     (row,) = records(capsys, "--model_name_or_path", str(tmp_path / "copy"), "--raw", "12345", "--gen_length", "4")
     assert re.fullmatch(r"[1-9]{4}", row["text"])
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+TURNS = [{"role": "user", "content": TEXTS[2]}]
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    """Three good prompts among three bad ones."""
+    path = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": TEXTS[0], "id": "a"},
+        {"prompt": "word " * 600},
+        {"messages": TURNS, "score": 0.5},
+        {"prmpt": "misspelt"},
+        {"messages": [{"role": "user"}]},
+        {"prompt": TEXTS[1], "id": "b"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_of(model: str, prompts: Path, *more: str) -> list[str]:
+    noisy = ["--temperature", "1", "--gen_length", "6"]
+    return ["generate", "--model_name_or_path", model, "--prompts_file", str(prompts), *noisy, *more]
+
+
+def test_a_bad_prompt_of_a_file_fails_alone(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "answers.jsonl"
+    assert main(run_of(model, prompts, "--output", str(output))) == 1
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == (f"{output}: 6 rows, 3 of them with an error\n", "")
+    rows = lines(output)
+    assert [row["row"] for row in rows] == list(range(6))
+    assert ["error" in row for row in rows] == [False, True, False, True, True, False]
+    assert [row.get("id") for row in rows] == ["a", None, None, None, None, "b"]
+    assert (rows[2]["messages"], rows[2]["score"]) == (TURNS, 0.5)
+    assert "and the model's context is 512" in rows[1]["error"]
+    assert "Did you mean 'prompt'?" in rows[3]["error"]
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    asked = [[{"role": "user", "content": TEXTS[0]}], TURNS, [{"role": "user", "content": TEXTS[1]}]]
+    expected = write(loaded, tokenizer, asked, requests=[0, 2, 5], gen_length=6, temperature=1.0)
+    good = [row for row in rows if "error" not in row]
+    assert [row["text"] for row in good] == expected.texts
+    for row in good:
+        assert (row["steps"], row["nfe"], row["new_tokens"], row["tokens_per_forward"]) == (6, 6, 6, 1.0)
+        assert row["seconds"] > 0
+
+
+def test_on_standard_output_and_for_people_a_bad_prompt_is_told_too(
+    model: str, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run_of(model, prompts, "--json")) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["error" in row for row in rows] == [False, True, False, True, True, False]
+    assert main(run_of(model, prompts)) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "".join(
+        f"> {title}\n{rows[place]['text']}\n\n" for title, place in ((TEXTS[0], 0), (TEXTS[2], 2), (TEXTS[1], 5))
+    )
+    assert [line.split(":")[0] for line in shown.err.splitlines()] == ["row 1", "row 3", "row 4"]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3, 6])
+def test_the_same_command_goes_on_where_it_was_cut(
+    kept: int, model: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    for output in (whole, cut):
+        main(run_of(model, prompts, "--output", str(output), "--batch_size", "2"))
+    content = cut.read_bytes().splitlines(keepends=True)
+    cut.write_bytes(b"".join(content[:kept]) + (content[kept][:20] if kept < 6 else b""))
+    if kept == 6:  # nothing is left: no model is needed
+        monkeypatch.setattr(batches, "load", lambda arguments: pytest.fail("the model was loaded"))
+    assert main(run_of(model, prompts, "--output", str(cut), "--batch_size", "3")) == 1
+
+    def without_seconds(path: Path) -> list[dict[str, Any]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in lines(path)]
+
+    assert without_seconds(cut) == without_seconds(whole)
+    assert cut.read_bytes().startswith(b"".join(content[:kept]))
+
+
+def test_other_settings_do_not_go_into_the_same_file(
+    model: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_of(model, prompts, "--output", str(tmp_path / "answers.jsonl"))
+    main(run)
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([*run, "--seed", "3"]) == 2
+    assert "holds answers of seed=0, and now it is 3: give the same, or name another file" in capsys.readouterr().err
+    assert main([*run, "--raw"]) == 2
+    assert "raw=False, and now it is True" in capsys.readouterr().err
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_conversations_are_not_raw(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": TURNS}))
+    assert main(run_of(model, tmp_path / "p.jsonl", "--raw", "--json")) == 1
+    assert "--raw takes prompts as plain text" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_json_or_a_file_but_not_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--json", "--output", str(tmp_path / "a.jsonl")]) == 2
+    assert "--output writes into a file what --json prints: keep one" in capsys.readouterr().err
+
+
+# Traces ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_trace_holds_all_rows_whatever_the_size_of_a_batch(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--model_name_or_path", model, *NOISY, "--suppress_eos", *TEXTS]
+    rows = records(capsys, *run)
+    for size in ("1", "2", "9"):
+        assert records(capsys, *run, "--batch_size", size, "--trace", str(tmp_path / f"{size}.json")) == rows
+        found = json.loads((tmp_path / f"{size}.json").read_text())
+        assert found["titles"] == TEXTS
+        trace, tokenizer = Trace.from_json(found), load_tokenizer(model)
+        for place, row in enumerate(rows):
+            *_, last = trace.frames(place)
+            assert tokenizer.decode(last.tolist(), skip_special_tokens=True) == TEXTS[place] + row["text"]
+            assert len(list(trace.frames(place))) == 1 + row["steps"]
+
+
+@pytest.mark.parametrize("suffix", [".html", ".gif"])
+def test_a_puzzle_is_traced_as_a_grid(suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / f"run{suffix}"
+    (row,) = records(capsys, EASY, "--trace", str(path))
+    if suffix == ".gif":
+        with Image.open(path) as picture:
+            assert picture.n_frames == 1 + row["steps"]
+    else:
+        assert '"columns":9' in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([EASY, "--trace", "run.htlm"], r"cannot be written to run\.htlm\. Did you mean '\.html'"),
+        ([EASY, EASY, "--trace", "run.gif"], "A GIF shows one row, and there are 2"),
+        ([EASY, "--trace", "nowhere/run.html"], "its folder has to exist"),
+    ],
+)
+def test_a_trace_that_cannot_be_written_is_told_before_a_model_is_loaded(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import torch
 
+from dllm.errors import DataError
 from dllm.sampling.trace import StepEvent, Trace
 
 M = 9
@@ -43,3 +47,56 @@ def test_a_trace_has_events_of_its_own() -> None:
     one, two = Trace([]), Trace([])
     one.events.append(event(0, (0, 0, 0)))
     assert two.events == []
+
+
+def same(a: Trace, b: Trace) -> bool:
+    assert [row.tolist() for row in a.start] == [row.tolist() for row in b.start]
+    assert len(a.events) == len(b.events)
+    for one, two in zip(a.events, b.events, strict=True):
+        for name in StepEvent._fields:
+            left, right = getattr(one, name), getattr(two, name)
+            assert type(left) is type(right)
+            if isinstance(left, torch.Tensor):
+                assert left.dtype == right.dtype
+                assert torch.equal(left, right)
+            else:
+                assert left == right
+    return True
+
+
+def test_json_gives_the_same_trace_back(trace: Trace) -> None:
+    trace.events[0] = trace.events[0]._replace(confidence=torch.tensor([0.1, 1 / 3]))  # no short decimals
+    trace.events.append(event(2, (0, 1, 6))._replace(confidence=torch.tensor([1.0])))
+    trace.events.append(
+        StepEvent(3, *(torch.tensor([], dtype=torch.int64) for _ in range(3)), torch.tensor([], dtype=torch.float32))
+    )
+    assert same(Trace.from_json(json.loads(json.dumps(trace.to_json()))), trace)
+    assert same(Trace.from_json(trace.to_json() | {"titles": ["a"]}), trace)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ([], 'a trace is a JSON object with "format": "dllm.trace/1"'),
+        ({"start": []}, "This is no trace"),
+        ({"format": "dllm.trace/1"}, "This trace is damaged: KeyError: 'start'"),
+        ({"format": "dllm.trace/1", "start": [["a"]], "events": []}, "This trace is damaged: "),
+        ({"format": "dllm.trace/1", "start": [], "events": [{"stepz": 1}]}, "This trace is damaged: TypeError"),
+        ({"format": "dllm.trace/1", "start": [], "events": [3]}, "This trace is damaged: AttributeError"),
+    ],
+)
+def test_what_is_no_trace_is_an_error(found: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Trace.from_json(found)
+
+
+def test_joined_traces_have_the_rows_one_after_the_other(trace: Trace) -> None:
+    other = Trace([torch.tensor([M, 1])], [event(0, (0, 0, 2))])
+    whole = Trace.joined([other, trace, other])
+    assert len(whole.start) == 5
+    assert [frame.tolist() for frame in whole.frames(0)] == [[M, 1], [2, 1]]
+    assert [frame.tolist() for frame in whole.frames(1)] == [frame.tolist() for frame in trace.frames(0)]
+    assert [frame.tolist() for frame in whole.frames(2)] == [frame.tolist() for frame in trace.frames(1)]
+    assert [frame.tolist() for frame in whole.frames(4)] == [[M, 1], [2, 1]]
+    assert len(trace.start) == 3, "what is joined stays as it was"
+    assert trace.events[0].row.tolist() == [0, 1]

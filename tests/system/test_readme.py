@@ -86,6 +86,14 @@ def test_commands_run_as_they_stand(block: Block, tmp_path: Path) -> None:
     assert "Warning" not in shown
 
 
+def test_the_commands_of_docs_sampling_run_as_they_stand(tmp_path: Path) -> None:
+    (block,) = marked(ROOT / "docs/sampling.md", "run")
+    shown = run(block.text, tmp_path)
+    assert shown.count("│") == 2 * 9 * 4
+    assert "9 blanks, 9 forwards: solved" in shown
+    assert (tmp_path / "sudoku.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+
+
 def test_slurm_commands_are_understood(tmp_path: Path) -> None:
     (block,) = marked(README, "slurm")
     assert block.text.count("sbatch --nodes=") == 3

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
+import select
 import subprocess
 import termios
+import time
 from pathlib import Path
 
 import pytest
-from system.workshop import BIN, environment
+from system.workshop import BIN, environment, run, save_tiny_model, write_jsonl
+
+from dllm.training.callbacks import read_log
 
 pytestmark = pytest.mark.system
 
@@ -59,3 +64,106 @@ def test_a_puzzle_fills_up_in_place(tmp_path: Path) -> None:
     assert re.fullmatch(r"[1-9]{81}", lines[-1])
     assert "·" in lines[1]
     assert not [line for line in lines if "%|" in line], "the model inside loads in no time"
+
+
+TEXTS = ["the sea is grey and the sky is wide", "why is the sky blue?"]
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+def typed(*script: tuple[str, str], words: list[str], cwd: Path) -> str:
+    """Waits for a pattern in what a command writes, types something, and so on; all that it wrote, with its control codes."""
+    here, there = pty.openpty()
+    termios.tcsetwinsize(there, (40, 100))
+    env = {**environment(), "TERM": "xterm"}
+    written, seen_until, left = b"", 0, list(script)
+    with subprocess.Popen(
+        # a session of its own, whose terminal this is: Ctrl-C comes as a signal
+        [str(BIN / "dllm"), *words],
+        cwd=cwd,
+        env=env,
+        stdin=there,
+        stdout=there,
+        stderr=there,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as run:
+        os.close(there)
+        try:
+            while select.select([here], [], [], 120)[0]:
+                written += os.read(here, 65536)
+                while left and (found := re.search(left[0][0].encode(), written[seen_until:])):
+                    seen_until += found.end()
+                    os.write(here, left.pop(0)[1].encode())
+            run.kill()  # it waits for something that this test does not type
+        except OSError:  # how Linux says that the other end is closed
+            pass
+    os.close(here)
+    text = written.decode(errors="replace")
+    assert not left, f"{left[0]} never came\n{text}"
+    assert run.returncode == 0, text
+    return text
+
+
+def test_an_answer_takes_shape_in_a_chat_and_ctrl_c_stops_the_next(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "tiny", texts=TEXTS)
+    shown = typed(
+        ("> ", "why?\n"),
+        ("step 12 of 12[^>]*> ", "/set gen_length 400\n"),
+        ("gen_length is 400[^>]*> ", "and then?\n"),
+        ("step 5 of 400", "\x03"),
+        ("Stopped: [^>]*> ", "\x03"),
+        ("Ctrl-D or /exit ends[^>]*> ", "/set gen_length 7\n"),
+        ("gen_length is 7[^>]*> ", "why not?\n"),
+        ("step 7 of 7[^>]*> ", "/save talk.json\n"),
+        ("Wrote 4 messages[^>]*> ", "\x04"),
+        words=["chat", "--model_name_or_path", "tiny", "--gen_length", "12", "--suppress_eos"],
+        cwd=tmp_path,
+    )
+    plain = CONTROL.sub("", shown)
+    for step in range(13):
+        assert f"step {step} of 12" in plain
+    assert "·" * 12 in plain, "masks first"
+    assert re.search(r"\x1b\[30;42m[^\x1b]", shown), "what a step commits stands out"
+    assert re.search(r"\x1b\[2m·", shown), "masks are dim"
+    (talk,) = read_log(tmp_path / "talk.json")
+    assert [turn["content"] for turn in talk["messages"] if turn["role"] == "user"] == ["why?", "why not?"]
+    assert "Traceback" not in plain
+
+
+def test_a_file_of_answers_has_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "tiny", texts=TEXTS)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text, "id": place} for place, text in enumerate(TEXTS * 10)])
+    words = ["generate", "--model_name_or_path", "tiny", "--prompts_file", "prompts.jsonl", "--gen_length", "8"]
+    lines = seen(*words, "--batch_size", "5", "--output", "a.jsonl", cwd=tmp_path)
+    assert lines[-1] == "a.jsonl: 20 rows"
+    assert [line for line in lines if re.search(r"20/20 rows ━+ 100%", line)]
+    rows = read_log(tmp_path / "a.jsonl")
+    assert [row["id"] for row in rows] == list(range(20))
+    shown = run(["dllm", *words, "--batch_size", "5", "--output", "b.jsonl"], tmp_path)
+    assert "rows ━" not in shown
+    assert [row["text"] for row in read_log(tmp_path / "b.jsonl")] == [row["text"] for row in rows]
+    assert not [line for line in seen(*words, "--quiet", "--output", "c.jsonl", cwd=tmp_path) if "/20 rows" in line]
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "tiny", texts=TEXTS)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in TEXTS * 100])
+    words = ["generate", "--model_name_or_path", "tiny", "--prompts_file", "prompts.jsonl", "--gen_length", "16"]
+    words += ["--batch_size", "4", "--temperature", "1"]
+    output = tmp_path / "a.jsonl"
+    with subprocess.Popen(
+        [str(BIN / "dllm"), *words, "--output", "a.jsonl"], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL
+    ) as killed:
+        while not output.exists() or output.read_bytes().count(b"\n") < 8:
+            assert killed.poll() is None, "it ended before it was killed"
+            time.sleep(0.01)
+        killed.kill()
+    kept = output.read_bytes()
+    assert 8 <= kept.count(b"\n") < 200
+    shown = run(["dllm", *words, "--output", "a.jsonl"], tmp_path)
+    assert shown.splitlines()[-1] == "a.jsonl: 200 rows"
+    assert output.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
+    run(["dllm", *words, "--output", "b.jsonl"], tmp_path)
+    texts = [[(row["row"], row["text"]) for row in read_log(tmp_path / name)] for name in ("a.jsonl", "b.jsonl")]
+    assert texts[0] == texts[1]
+    assert len({text for _, text in texts[0]}) > 100

@@ -204,6 +204,9 @@ def infilling_config(**options: Any) -> SamplingConfig:
     return SamplingConfig.from_options(**options, early_stop=False)
 
 
+infill = infilling
+
+
 def generation_config(**options: Any) -> SamplingConfig:
     """The settings of `generate`, checked without a model.
 

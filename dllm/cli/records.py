@@ -1,0 +1,144 @@
+"""Where the answers of the sampling commands go: JSON lines with their statistics, and a file that a later run goes on with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from dllm.cli.requests import ANSWER_KEYS, Request
+from dllm.errors import OptionError
+
+if TYPE_CHECKING:
+    from dllm.pipelines.llada.generate import SamplingResult
+
+
+def statistics(result: SamplingResult, place: int, seconds: float) -> dict[str, Any]:
+    """What a row cost.
+
+    Args:
+        result: of the row's batch.
+        place: of the row in it.
+        seconds: wall time of the batch.
+
+    Returns:
+        steps; nfe, the forwards that the row took part in (guidance takes two a step); new_tokens, masks filled;
+        tokens_per_forward, new_tokens / nfe; seconds, of the whole batch; exact, False where a cache approximates.
+    """
+    a_step = result.nfe // max(1, max(result.steps))
+    nfe, new_tokens = result.steps[place] * a_step, result.new_tokens[place]
+    return {
+        "steps": result.steps[place],
+        "nfe": nfe,
+        "new_tokens": new_tokens,
+        "tokens_per_forward": round(new_tokens / nfe, 4) if nfe else 0.0,
+        "seconds": round(seconds, 4),
+        "exact": result.exact,
+    }
+
+
+class AnswerFile:
+    """A file of JSON lines that grows as rows finish. Use it as a context manager.
+
+    What is there already is kept: its rows are in `done`, and a half line at its end, left by a run that was killed, is dropped.
+    Beside it lies FILE.settings.json, with what the answers depend on.
+
+    Args:
+        path: of the file.
+        settings: what the answers depend on, beside the prompts.
+        requests: all of them, also those answered already.
+
+    Raises:
+        OptionError: the file cannot be written, another run writes to it, it is not of this command, or its answers are of
+            other settings or other prompts.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], requests: Sequence[Request]) -> None:
+        self.path, self.beside = path, path.with_name(path.name + ".settings.json")
+        self.settings = json.loads(json.dumps(settings))
+        try:
+            self.file = path.open("a+b")  # to append, and not anew: nothing is lost where what follows refuses
+        except OSError as error:
+            raise OptionError(f"--output {path} cannot be written: {error.strerror}.") from error
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.records = self._read(requests)
+        except BlockingIOError as error:
+            self.file.close()
+            raise OptionError(f"--output {path}: another run is writing to it.") from error
+        except BaseException:
+            self.file.close()
+            raise
+        self.done = {int(record["row"]) for record in self.records}
+        self.errors = sum("error" in record for record in self.records)
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Adds a row."""
+        self.file.write(json.dumps(record).encode() + b"\n")
+        self.file.flush()
+        self.errors += "error" in record
+
+    def _read(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+        self.file.seek(0)
+        content = self.file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole or self.beside.exists():
+            self._compare_settings()
+        records = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                request = requests[record["row"]]
+            except (ValueError, TypeError, KeyError):  # not JSON, not an object, or of no row
+                raise OptionError(
+                    f"--output {self.path}: line {number} is no answer. Name another file, or delete that one."
+                ) from None
+            except IndexError:
+                raise OptionError(
+                    f"--output {self.path}: line {number} answers row {record['row']}, and there are {len(requests)} prompts: "
+                    f"these are other prompts. Name another file."
+                ) from None
+            given = {key: value for key, value in record.items() if key not in ANSWER_KEYS}
+            # as texts: NaN, which some files hold, does not equal itself
+            if json.dumps(given, sort_keys=True) != json.dumps(request.given, sort_keys=True):
+                raise OptionError(
+                    f"--output {self.path}: line {number} answers another prompt than row {record['row']} is now. Give the "
+                    f"prompts as they were (more may follow), or name another file."
+                )
+            records.append(record)
+        if len(whole) < len(content):
+            self.file.truncate(len(whole))
+        if not self.beside.exists():
+            unfinished = self.beside.with_name(self.beside.name + ".unfinished")
+            unfinished.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            os.replace(unfinished, self.beside)
+        return records
+
+    def _compare_settings(self) -> None:
+        try:
+            there = json.loads(self.beside.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            there = None
+        if not isinstance(there, dict):
+            raise OptionError(
+                f"--output {self.path} is not empty, and {self.beside.name} that tells its settings is missing or damaged: "
+                f"name another file."
+            )
+        for name in sorted({*there, *self.settings}):
+            if there.get(name) != self.settings.get(name):
+                raise OptionError(
+                    f"--output {self.path} holds answers of {name}={there.get(name)!r}, and now it is "
+                    f"{self.settings.get(name)!r}: give the same, or name another file."
+                )

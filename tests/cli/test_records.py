@@ -1,0 +1,162 @@
+"""Statistics of a row, and the file of answers: what was written stays, what was not is written, nothing is mixed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dllm.cli.records import AnswerFile, statistics
+from dllm.cli.requests import Request
+from dllm.errors import OptionError
+from dllm.pipelines.llada import SamplingResult
+
+SETTINGS = {"command": "generate", "temperature": 0.5, "cfg_keep_tokens": (1, 2)}
+REQUESTS = [Request(row, {"prompt": f"prompt {row}", "id": row * 7}) for row in range(4)]
+
+
+def record(row: int) -> dict[str, Any]:
+    return {"row": row, **REQUESTS[row].given, "text": f"é {row}", "steps": row}
+
+
+def write(path: Path, *rows: int, **changes: Any) -> AnswerFile:
+    with AnswerFile(path, {**SETTINGS, **changes}, REQUESTS) as answers:
+        for row in rows:
+            answers.write(record(row))
+    return answers
+
+
+def test_a_row_costs_the_forwards_it_took_part_in() -> None:
+    result = SamplingResult([], [], nfe=20, steps=[10, 4, 0], new_tokens=[30, 5, 0])
+    assert statistics(result, 0, 1.23456) == {
+        "steps": 10,
+        "nfe": 20,
+        "new_tokens": 30,
+        "tokens_per_forward": 1.5,
+        "seconds": 1.2346,
+        "exact": True,
+    }
+    second, third = statistics(result, 1, 1.0), statistics(result, 2, 1.0)
+    assert (second["nfe"], second["tokens_per_forward"]) == (8, 0.625)
+    assert (third["nfe"], third["tokens_per_forward"]) == (0, 0.0)
+
+
+def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    with AnswerFile(path, SETTINGS, REQUESTS) as answers:
+        assert answers.done == set()
+        for row in (0, 1):
+            answers.write(record(row))
+            assert [json.loads(line)["row"] for line in path.read_text().splitlines()] == list(range(row + 1))
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [record(0), record(1)]
+
+
+@given(st.data())
+def test_whatever_is_cut_off_a_later_run_goes_on_with_the_whole_lines(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("cut") / "answers.jsonl"
+    write(path, 2, 0, 3)
+    content = path.read_bytes()
+    cut = data.draw(st.integers(0, len(content)))
+    path.write_bytes(content[:cut])
+    answers = write(path)
+    whole = content[:cut].count(b"\n")
+    assert answers.done == {*[2, 0, 3][:whole]}
+    write(path, *[2, 0, 3][whole:], 1)
+    assert path.read_bytes() == content + json.dumps(record(1)).encode() + b"\n"
+
+
+def test_errors_are_counted_also_those_of_earlier_runs(tmp_path: Path) -> None:
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS) as answers:
+        answers.write({"row": 1, **REQUESTS[1].given, "error": "too long"})
+        assert answers.errors == 1
+    again = write(tmp_path / "a.jsonl", 0)
+    assert (again.errors, again.done) == (1, {1})
+
+
+def test_keys_that_are_carried_over_may_hold_what_equals_nothing(tmp_path: Path) -> None:
+    requests = [Request(0, {"prompt": "a", "score": math.nan})]
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, requests) as answers:
+        answers.write({"row": 0, **requests[0].given, "text": "b"})
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, requests) as answers:
+        assert answers.done == {0}
+
+
+def test_more_prompts_may_follow(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", 0, 1)
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, [*REQUESTS, Request(4, {"prompt": "new"})]) as answers:
+        assert answers.done == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"temperature": 0.7},
+            r"holds answers of temperature=0\.5, and now it is 0\.7: give the same, or name another",
+        ),
+        ({"cfg_keep_tokens": ()}, r"cfg_keep_tokens=\[1, 2\], and now it is \[\]"),
+        ({"command": "infill"}, "command='generate', and now it is 'infill'"),
+        ({"new": 3}, "new=None, and now it is 3"),
+    ],
+)
+def test_other_settings_are_an_error_and_the_file_stays(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, 0)
+    before = path.read_bytes() + b'{"half'
+    path.write_bytes(before)
+    with pytest.raises(OptionError, match=message):
+        write(path, **changes)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        (REQUESTS[:1], "line 2 answers row 1, and there are 1 prompts: these are other prompts"),
+        ([REQUESTS[0], Request(1, {"prompt": "changed", "id": 7})], "line 2 answers another prompt than row 1 is now"),
+        ([REQUESTS[0], Request(1, {"prompt": "prompt 1", "id": 8})], "line 2 answers another prompt than row 1 is now"),
+        ([REQUESTS[1], REQUESTS[0]], "line 1 answers another prompt than row 0 is now"),
+    ],
+)
+def test_other_prompts_are_an_error_and_the_file_stays(requests: list[Request], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, 0, 1)
+    before = path.read_bytes()
+    with pytest.raises(OptionError, match=message):
+        AnswerFile(path, SETTINGS, requests)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [b"text\n", b"[]\n", b'{"row": "x"}\n', b'{"text": "a"}\n', b"\xff\n"])
+def test_a_file_of_something_else_is_an_error(line: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(line)
+    with pytest.raises(
+        OptionError, match=r"is not empty, and a\.jsonl\.settings\.json that tells its settings is missing"
+    ):
+        write(path)
+    write(tmp_path / "other.jsonl").beside.rename(tmp_path / "a.jsonl.settings.json")
+    with pytest.raises(OptionError, match=r"line 1 is no answer\. Name another file, or delete that one"):
+        write(path)
+    assert path.read_bytes() == line
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path: Path) -> None:
+    with (
+        AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS),
+        pytest.raises(OptionError, match="another run is writing to it"),
+    ):
+        AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS)
+    write(tmp_path / "a.jsonl")
+
+
+def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"--output .*a\.jsonl cannot be written: No such file"):
+        write(tmp_path / "nowhere" / "a.jsonl")
