@@ -159,10 +159,18 @@ def find_format(there: Sequence[str], task_column: str, names: ColumnNames, plac
         if question in there and answer in there:
             extra = "input" if question == "instruction" else None
             return RowFormat(kind="pair", columns=(question, answer), extra=extra, system=system)
+    if bool(names.prompt) != bool(names.completion):
+        given, other = ("prompt", "completion") if names.prompt else ("completion", "prompt")
+        raise DataError(
+            f"{place}: --{given}_column {getattr(names, given)} goes with --{other}_column, and there is no column {other!r}: "
+            f"name that one too. It has {', '.join(there)}."
+        )
     known = [names.text or "text"] if task_column == "text" else [*CONVERSATIONS, *(n for pair in PAIRS for n in pair)]
     raise DataError(
         f"{place}: there is no column {task_column!r}{_OTHERS[task_column]}; it has {', '.join(there)}."
         f"{_nearest(known, there)} {_flag(task_column)}"
+        + " Text without answers is for dllm pretrain."
+        * (task_column == "messages" and "text" in there)
     )
 
 
