@@ -235,6 +235,24 @@ def test_one_column_of_a_pair_asks_for_the_other(tmp_path: Path, given: str, oth
         load_splits(str(path), column="messages", names=ColumnNames(**{given: "q"}))
 
 
+@pytest.mark.parametrize(
+    ("there", "near"),
+    [
+        (["id", "mesages"], "Did you mean 'mesages'? Name"),
+        (
+            ["Instruction", "Input", "Output"],
+            "Did you mean --prompt_column Instruction --completion_column Output? Name",
+        ),
+        (["question", "answer"], "Did you mean --prompt_column question --completion_column answer? Name"),
+        (["id", "a", "b"], "it has id, a, b. Name the right one with"),
+        (["instruction;output"], "Fields seem to be separated by ';': a .csv has commas, a .tsv has tabs. Name"),
+    ],
+)
+def test_columns_that_may_be_meant_are_named(there: list[str], near: str) -> None:
+    with pytest.raises(DataError, match=re.escape(near)):
+        find_format(there, "messages", ColumnNames(), "here")
+
+
 def test_text_to_fine_tune_on_is_sent_to_pretraining(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some text")
     with pytest.raises(
