@@ -159,10 +159,20 @@ def find_format(there: Sequence[str], task_column: str, names: ColumnNames, plac
         if question in there and answer in there:
             extra = "input" if question == "instruction" else None
             return RowFormat(kind="pair", columns=(question, answer), extra=extra, system=system)
-    known = [names.text or "text"] if task_column == "text" else [*CONVERSATIONS, *(n for pair in PAIRS for n in pair)]
+    if bool(names.prompt) != bool(names.completion):
+        given, other = ("prompt", "completion") if names.prompt else ("completion", "prompt")
+        raise DataError(
+            f"{place}: --{given}_column {getattr(names, given)} goes with --{other}_column, and there is no column {other!r}: "
+            f"name that one too. It has {', '.join(there)}."
+        )
+    near = _nearest([names.text or "text"], there) if task_column == "text" else _nearest_form(there)
+    if len(there) == 1 and (separator := next((s for s in ";\t|" if s in there[0]), "")):
+        near = f" Fields seem to be separated by {separator!r}: a .csv has commas, a .tsv has tabs."
     raise DataError(
-        f"{place}: there is no column {task_column!r}{_OTHERS[task_column]}; it has {', '.join(there)}."
-        f"{_nearest(known, there)} {_flag(task_column)}"
+        f"{place}: there is no column {task_column!r}{_OTHERS[task_column]}; it has {', '.join(there)}.{near} "
+        f"{_flag(task_column)}"
+        + " Text without answers is for dllm pretrain."
+        * (task_column == "messages" and "text" in there)
     )
 
 
@@ -175,11 +185,22 @@ def _flag(column: str) -> str:
     return "Name the right one with --messages_column, or two with --prompt_column and --completion_column."
 
 
-def _nearest(wanted: Sequence[str], there: Sequence[str]) -> str:
+def _nearest(wanted: Sequence[str], there: Sequence[str], cutoff: float = 0.6) -> str:
     for name in wanted:
-        if close := difflib.get_close_matches(name, there, n=1):
+        if close := difflib.get_close_matches(name, there, n=1, cutoff=cutoff):
             return f" Did you mean {close[0]!r}?"
     return ""
+
+
+def _nearest_form(there: Sequence[str]) -> str:
+    """What columns of conversations may be meant: a column of them, or two of questions and answers."""
+    if near := _nearest(CONVERSATIONS, there, cutoff=0.75):  # a question is none of them
+        return near
+    found = [[difflib.get_close_matches(name, there, n=1) for name in pair] for pair in PAIRS]
+    pairs = [(question[0], answer[0]) for question, answer in found if question and answer and question != answer]
+    if not pairs and len(there) == 2:
+        pairs = [(there[0], there[1])]
+    return f" Did you mean --prompt_column {pairs[0][0]} --completion_column {pairs[0][1]}?" if pairs else ""
 
 
 def check_conversation(messages: Any, what: str = "A row's messages") -> None:

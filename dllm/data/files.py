@@ -7,9 +7,11 @@ Files of lines (.jsonl, .json, .csv, .tsv, .txt, any of them with .gz) are read 
 from __future__ import annotations
 
 import csv
+import difflib
 import glob
 import gzip
 import json
+import os
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -43,6 +45,16 @@ def is_local(name: str) -> bool:
     return path.exists() or glob.has_magic(name) or ending(path) in READABLE or name.startswith((".", "/", "~"))
 
 
+def nearest_file(path: Path) -> str:
+    """Ends an error about a file that is not there with the nearest name in its folder; "" where none is near."""
+    try:
+        names = os.listdir(path.expanduser().parent)
+    except OSError:  # there is no such folder, or it cannot be read
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f" Did you mean {str(path.with_name(close[0]))!r}?" if close else ""
+
+
 def find_files(name: str, splits: tuple[str, str] = ("train", "test")) -> dict[str, list[Path]]:
     """The files of a source, by split.
 
@@ -65,7 +77,7 @@ def find_files(name: str, splits: tuple[str, str] = ("train", "test")) -> dict[s
     if path.is_file():
         return {splits[0]: [_readable(path)]}
     if not path.exists():
-        raise DataError(f"There is no file {path}. Check the path; it is taken from {Path.cwd()}.")
+        raise DataError(f"There is no file {path}. Check the path; it is taken from {Path.cwd()}.{nearest_file(path)}")
     files = sorted(file for file in path.rglob("*") if file.is_file() and ending(file) in READABLE)
     files = [f for f in files if not any(part.startswith((".", "_")) for part in f.relative_to(path).parts)]
     named = {split: [f for f in files if _belongs(f.relative_to(path), split)] for split in splits}

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 
+from dllm.data.files import nearest_file
 from dllm.data.spec import SourceSpec
 from dllm.errors import DataError, did_you_mean
 
@@ -79,10 +80,11 @@ def _refusal(spec: SourceSpec, error: Exception) -> DataError:
             f"{spec.name} cannot be loaded: {type(error).__name__}: {text.splitlines()[0] if text else ''}"
         )
     offline = " HF_HUB_OFFLINE is set." if huggingface_hub.constants.HF_HUB_OFFLINE else ""
+    near = nearest_file(Path(spec.name))
     joint = " To join two sources, write blanks around the plus." if "+" in spec.name else ""
     return DataError(
         f"{spec.name!r} is no file or folder here, and loading it from the hub failed:{offline} "
-        f"{type(error).__name__}: {text.splitlines()[0] if text else ''}{joint}"
+        f"{type(error).__name__}: {text.splitlines()[0] if text else ''}{joint}{near}"
     )
 
 

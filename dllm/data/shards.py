@@ -236,7 +236,9 @@ def _stream_shards(spec: SourceSpec, stream: datasets.IterableDataset, reading: 
 
 def _usable(form: RowFormat, reading: Reading, place: str) -> RowFormat:
     if form.column != reading.column and reading.render is None:
-        raise DataError(f"{place}: these are conversations, and a tokenizer trained here needs text: use another one.")
+        raise DataError(
+            f"{place}: these are conversations, and a tokenizer trained here needs text: name builtin:char or a checkpoint's."
+        )
     return form
 
 

@@ -255,7 +255,9 @@ def _as_text(rows: datasets.Dataset, reading: Reading, place: str) -> datasets.D
     if reading.column == "messages":
         return rows
     if reading.render is None:
-        raise DataError(f"{place}: these are conversations, and a tokenizer trained here needs text: use another one.")
+        raise DataError(
+            f"{place}: these are conversations, and a tokenizer trained here needs text: name builtin:char or a checkpoint's."
+        )
     render = reading.render.text
     return cached_map(
         rows, lambda row: {"text": render(row["messages"])}, ["render", reading.render.fingerprint],

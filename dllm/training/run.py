@@ -262,7 +262,7 @@ def _train(
         if isinstance(train, StreamedRows):
             tell_fates(train, args)
         if stop.stopped_by is None:
-            if test is not None:
+            if test is not None and not _is_evaluated(trainer):
                 trainer.evaluate()
             _save(trainer, Path(str(args.output_dir)) / FINAL)
         if trainer.is_world_process_zero():
@@ -331,6 +331,13 @@ def make_collator(
         return SFTCollator(seed=seed, eos_token_id=int(tokenizer.eos_token_id), evaluation=evaluation)
 
     return make
+
+
+def _is_evaluated(trainer: MaskedDiffusionTrainer) -> bool:
+    """Whether the model, as it is now, was evaluated after the last step."""
+    if trainer.args.load_best_model_at_end:  # it is an earlier one
+        return False
+    return any("eval_loss" in row and row["step"] == trainer.state.global_step for row in trainer.state.log_history)
 
 
 def _save(trainer: MaskedDiffusionTrainer, folder: Path) -> None:

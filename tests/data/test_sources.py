@@ -227,6 +227,55 @@ def test_what_is_no_conversation_names_the_nearest_column(tmp_path: Path) -> Non
         load_splits(str(path), column="messages")
 
 
+@pytest.mark.parametrize(("given", "other"), [("prompt", "completion"), ("completion", "prompt")])
+def test_one_column_of_a_pair_asks_for_the_other(tmp_path: Path, given: str, other: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "1", "r": "2"}])
+    message = f"--{given}_column q goes with --{other}_column, and there is no column {other!r}: name that one too. It has q, r."
+    with pytest.raises(DataError, match=message):
+        load_splits(str(path), column="messages", names=ColumnNames(**{given: "q"}))
+
+
+@pytest.mark.parametrize(
+    ("there", "near"),
+    [
+        (["id", "mesages"], "Did you mean 'mesages'? Name"),
+        (
+            ["Instruction", "Input", "Output"],
+            "Did you mean --prompt_column Instruction --completion_column Output? Name",
+        ),
+        (["question", "answer"], "Did you mean --prompt_column question --completion_column answer? Name"),
+        (["id", "a", "b"], "it has id, a, b. Name the right one with"),
+        (["instruction;output"], "Fields seem to be separated by ';': a .csv has commas, a .tsv has tabs. Name"),
+    ],
+)
+def test_columns_that_may_be_meant_are_named(there: list[str], near: str) -> None:
+    with pytest.raises(DataError, match=re.escape(near)):
+        find_format(there, "messages", ColumnNames(), "here")
+
+
+def test_text_to_fine_tune_on_is_sent_to_pretraining(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    with pytest.raises(
+        DataError, match=r"no column 'messages', .*; it has text. .* Text without answers is for dllm pretrain"
+    ):
+        load_splits(str(tmp_path / "a.txt"), column="messages")
+
+
+def test_a_misspelt_file_names_the_nearest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_jsonl(tmp_path / "own.csv", [])
+    with pytest.raises(DataError, match=r"There is no file .*/own.cvs. Check .* Did you mean '.*/own.csv'\?$"):
+        load_splits(str(tmp_path / "own.cvs"), column="text")
+    with pytest.raises(DataError, match=r"There is no file .*/other.csv. Check the path; it is taken from [^?]*$"):
+        load_splits(str(tmp_path / "other.csv"), column="text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"'own.cvs' is no file or folder here, .* Did you mean 'own.csv'\?$"):
+        load_splits("own.cvs", column="text")
+    with pytest.raises(
+        DataError, match=r"'no/own.csx' is no file or folder here, and loading it from the hub fa[^?]*$"
+    ):
+        load_splits("no/own.csx", column="text")
+
+
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A data set of the hub as `git clone` gives it: two configurations, files in folders, one without a test split."""

@@ -36,7 +36,8 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
     (folder / "talks").mkdir()
     for part in range(3):
-        rows = [{"prompt": f"{n}+{part}=", "completion": f"{n + part}"} for n in range(400)]
+        long = [1 + 20 * (n % 7 == 0) for n in range(400)]  # times the answer stands there: some are cut
+        rows = [{"prompt": f"{n}+{part}=", "completion": f"{n + part}" * long[n]} for n in range(400)]
         (folder / f"talks/train-{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -57,6 +58,10 @@ def last_loss(folder: Path) -> float:
     return [float(row["eval_loss"]) for row in read_log(folder / "log.jsonl") if "eval_loss" in row][-1]
 
 
+def told(shown: str) -> list[str]:
+    return [line for line in shown.splitlines() if "as read so far" in line]
+
+
 def agree(one: list[tuple[int, float, float]], other: list[tuple[int, float, float]]) -> None:
     assert [row[0] for row in one] == [row[0] for row in other] == list(range(1, STEPS + 1))
     for mine, theirs in zip(one, other, strict=True):
@@ -67,13 +72,22 @@ def agree(one: list[tuple[int, float, float]], other: list[tuple[int, float, flo
 def whole(shop: Path) -> dict[str, Path]:
     """The runs of one process that nobody stopped."""
     for task in TASKS:
-        run(command(task, f"{task}-whole", 1, batch=8), shop)
+        (shop / f"{task}-whole.out").write_text(run(command(task, f"{task}-whole", 1, batch=8), shop))
     return {task: shop / f"{task}-whole" for task in TASKS}
 
 
 def test_accumulation_and_workers_change_nothing(whole: dict[str, Path], shop: Path) -> None:
     run(command("pt", "workers", 1, batch=4, accumulated=2, more="--dataloader_num_workers 2"), shop)
     agree(losses(shop / "workers"), losses(whole["pt"]))
+
+
+def test_spawned_workers_get_a_stream_that_a_prompt_was_read_from(shop: Path) -> None:
+    """Without test rows a sample goes on from the first training row."""
+    data = "--dataset_args texts.jsonl[streaming:true] --max_steps 2"
+    more = f"{data} --dataloader_num_workers 1 --dataloader_multiprocessing_context spawn --sample_every 2 --sample_length 4"
+    run(command("pt", "spawned", 1, batch=8, more=more), shop)
+    (sample,) = (shop / "spawned/samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["step"] == 2
 
 
 def test_a_run_that_is_killed_goes_on_bit_by_bit(whole: dict[str, Path], shop: Path) -> None:
@@ -100,6 +114,10 @@ def test_two_processes_begin_and_one_takes_over(task: str, whole: dict[str, Path
     run(command(task, out.name, 2, batch=4, more="--max_steps 6"), shop)
     assert {path.name for path in (out / "checkpoint-6").glob("stream-*.json")} == {"stream-0.json", "stream-1.json"}
     assert [row[0] for row in losses(out)] == list(range(1, 7))
-    run(command(task, out.name, 1, batch=8), shop)
+    shown = run(command(task, out.name, 1, batch=8), shop)
     agree(losses(out), losses(whole[task]))
+    expected = told((shop / f"{task}-whole.out").read_text())
+    assert told(shown) == expected
+    assert len(expected) == (task == "sft")
+    assert all("turns, with --truncation left to 64 tokens, the beginning of" in line for line in expected)
     assert last_loss(out) == pytest.approx(last_loss(whole[task]), rel=2e-4)

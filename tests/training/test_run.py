@@ -81,9 +81,11 @@ def test_every_line_of_the_log_counts_the_tokens_up_to_its_step(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_no_evaluation_is_logged_twice(tmp_path: Path, strategy: str) -> None:
+def test_no_evaluation_is_logged_twice(tmp_path: Path, strategy: str, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--eval_strategy", strategy, "--eval_steps", "2", "--save_strategy", "no"]
     llada.pretrain([*PRETRAIN, *options, "--output_dir", str(tmp_path / "run")])
+    shown = [line for line in capsys.readouterr().out.splitlines() if "on unseen rows" in line]
+    assert len(shown) == len({line.split("  ")[0] for line in shown}), "nor made twice"
     steps = [row["step"] for row in read_log(tmp_path / "run" / "log.jsonl") if "eval_loss" in row]
     assert steps == sorted(set(steps))
     assert steps[-1] == 4
