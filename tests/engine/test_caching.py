@@ -83,8 +83,8 @@ def canvases(draw: Any) -> list[int]:
 
 
 @st.composite
-def configs(draw: Any, caches: Any = tuple(CACHES)) -> SamplingConfig:
-    policy, kept = draw(st.sampled_from(list(POLICY_OPTIONS))), draw(st.sampled_from(caches))
+def configs(draw: Any, caches: Any = tuple(CACHES), policies: Any = tuple(POLICY_OPTIONS)) -> SamplingConfig:
+    policy, kept = draw(st.sampled_from(policies)), draw(st.sampled_from(caches))
     options: dict[str, Any] = {}
     for name in POLICY_OPTIONS[policy]:  # random weights are seldom as sure as the defaults ask
         levels = {
@@ -160,6 +160,15 @@ def test_equals_the_sampler_with_a_dict_of_positions(name: str, rows: list[list[
     assert lists(done.canvases) == [row.ids for row in expected]
     assert done.steps == [row.steps for row in expected]
     assert done.nfe == max(row.forwards for row in expected)
+
+
+@every_model
+@settings(max_examples=12)
+@given(st.lists(canvases(), min_size=1, max_size=2), configs(policies=["wino", "remdm"]))
+def test_equals_it_where_tokens_are_taken_back(name: str, rows: list[list[int]], config: SamplingConfig) -> None:
+    done, expected = run(name, rows, config), slowly(name, rows, config)
+    assert lists(done.canvases) == [row.ids for row in expected]
+    assert done.steps == [row.steps for row in expected]
 
 
 @every_model
