@@ -70,7 +70,7 @@ def subsets(draw: Any, length: int) -> list[int]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(st.data(), st.lists(st.integers(1, 13), min_size=1, max_size=5), st.integers(0, 1000))
 def test_equals_a_dict_of_positions(name: str, data: st.DataObject, lengths: list[int], seed: int) -> None:
     """Over several passes whose tokens change, through rows that leave and places that get new ones."""

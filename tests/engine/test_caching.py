@@ -20,6 +20,7 @@ from dllm.engine.caches import CACHES
 from dllm.engine.caching import caching
 from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM
 from dllm.pipelines.llada.generate import network_of
+from dllm.sampling.batch import Batch
 from dllm.sampling.config import CACHE_OPTIONS, POLICY_OPTIONS, POLICY_REMASKING, SCHEDULED, SamplingConfig
 from dllm.sampling.loop import Denoised, denoise
 from dllm.sampling.network import Pass
@@ -82,8 +83,8 @@ def canvases(draw: Any) -> list[int]:
 
 
 @st.composite
-def configs(draw: Any, caches: Any = tuple(CACHES)) -> SamplingConfig:
-    policy, kept = draw(st.sampled_from(list(POLICY_OPTIONS))), draw(st.sampled_from(caches))
+def configs(draw: Any, caches: Any = tuple(CACHES), policies: Any = tuple(POLICY_OPTIONS)) -> SamplingConfig:
+    policy, kept = draw(st.sampled_from(policies)), draw(st.sampled_from(caches))
     options: dict[str, Any] = {}
     for name in POLICY_OPTIONS[policy]:  # random weights are seldom as sure as the defaults ask
         levels = {
@@ -152,13 +153,37 @@ def lists(found: list[Tensor]) -> list[list[int]]:
 
 
 @every_model
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(st.lists(canvases(), min_size=1, max_size=3), configs())
 def test_equals_the_sampler_with_a_dict_of_positions(name: str, rows: list[list[int]], config: SamplingConfig) -> None:
     done, expected = run(name, rows, config), slowly(name, rows, config)
     assert lists(done.canvases) == [row.ids for row in expected]
     assert done.steps == [row.steps for row in expected]
     assert done.nfe == max(row.forwards for row in expected)
+
+
+@every_model
+@settings(max_examples=12)
+@given(st.lists(canvases(), min_size=1, max_size=2), configs(policies=["wino", "remdm"]))
+def test_equals_it_where_tokens_are_taken_back(name: str, rows: list[list[int]], config: SamplingConfig) -> None:
+    done, expected = run(name, rows, config), slowly(name, rows, config)
+    assert lists(done.canvases) == [row.ids for row in expected]
+    assert done.steps == [row.steps for row in expected]
+
+
+@every_model
+@pytest.mark.parametrize("kept", ["none", "dual"])
+def test_a_shadow_does_not_see_the_token_that_it_verifies(name: str, kept: Any) -> None:
+    """Thresholds at which tokens are taken back, so that it matters what the shadow sees."""
+    taken_back = 0
+    rows = [[3, 1] + [MASK] * 10, [MASK] * 5 + [7, 8] + [MASK] * 6, [5] * 4 + [MASK] * 12]
+    for accept, verify in ((0.2, 0.4), (0.3, 0.1), (0.3, 0.7), (0.4, 0.4), (0.4, 0.7)):
+        config = SamplingConfig(policy="wino", threshold=accept, verify_threshold=verify, cache=kept, early_stop=False)
+        done, expected = run(name, rows, config), slowly(name, rows, config)
+        assert lists(done.canvases) == [row.ids for row in expected]
+        assert done.steps == [row.steps for row in expected]
+        taken_back += sum(sum(map(len, row.commits)) - ids.count(MASK) for row, ids in zip(expected, rows, strict=True))
+    assert taken_back > 5
 
 
 @every_model
@@ -189,6 +214,30 @@ def test_a_row_has_its_tokens_alone_and_in_any_company(name: str, kept: Any) -> 
         alone = run(name, [row], config, numbers=[request])
         assert alone.canvases[0].tolist() == together.canvases[request].tolist()
         assert alone.steps == [together.steps[request]]
+
+
+@every_model
+@settings(max_examples=8)
+@given(
+    st.lists(st.tuples(canvases().filter(lambda row: MASK in row), st.integers(0, 6)), min_size=2, max_size=4),
+    configs(["prefix", "dual", "vicinity", "delayed"]),
+)
+def test_rows_join_and_leave_at_any_time(name: str, rows: list[tuple[list[int], int]], config: SamplingConfig) -> None:
+    """Each with its block at another step: places in the buffers are given away, moved, and grow."""
+    batch = Batch(network_of(loaded(name)), config, TOKENS, "cpu", reuse=caching(config, loaded(name)))
+    waiting = sorted(range(len(rows)), key=lambda row: rows[row][1])
+    found: dict[Any, Tensor] = {}
+    step = 0
+    while waiting or len(batch):
+        while waiting and rows[waiting[0]][1] <= step:
+            row = waiting.pop(0)
+            batch.add(asked([rows[row][0]], config, [row]), [row])
+        if len(batch):
+            batch.step()
+            found |= {row.name: row.canvas for row in batch.take_finished()}
+        step += 1
+    for row, (canvas, _) in enumerate(rows):
+        assert found[row].tolist() == run(name, [canvas], config, numbers=[row]).canvases[0].tolist()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.engine.buffers import bytes_per_position
+from dllm.engine.caches import chosen
 from dllm.engine.caching import caching
 from dllm.engine.scheduler import Scheduler
 from dllm.engine.tickets import CommittedBlock, Ticket
@@ -231,7 +232,7 @@ class Engine:
             nfe=self.scheduler.nfe - before,
             steps=[answer.steps for answer in answers],
             new_tokens=[config.gen_length] * len(answers),
-            exact=config.cache == "none" or config.cache_refresh == 1,
+            exact=chosen(config).exact,
         )
 
     def close(self) -> None:

@@ -433,3 +433,30 @@ def test_arrays_of_numpy_are_prompts_too() -> None:
     assert torch.equal(b, c)
     with pytest.raises(OptionError, match="whole numbers"):
         llada.generate(golden_model("llada_dense"), None, [np.array([0.5])], gen_length=4)
+
+
+# --- caches
+
+
+@pytest.mark.parametrize(
+    ("options", "exact"),
+    [({}, True), ({"cache": "dual"}, False), ({"cache": "delayed", "cache_refresh": 1}, True)],
+)
+def test_a_result_says_whether_it_is_exact_and_what_it_took(options: dict[str, Any], exact: bool) -> None:
+    settings: dict[str, Any] = dict(gen_length=8, block_length=4, steps=4, early_stop=False)
+    result = llada.generate(model(), TOKENIZER, ["1+1=", "2"], **settings, **options)
+    assert result.exact is exact
+    assert (result.nfe, result.steps, result.tokens_per_forward) == (4, [4, 4], 2.0)
+    if exact:
+        assert_same(result.sequences, llada.generate(model(), TOKENIZER, ["1+1=", "2"], **settings).sequences)
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual", "vicinity", "delayed"])
+def test_a_cache_leaves_given_tokens_and_fills_all_masks(cache: Any) -> None:
+    text = "7" + MASK * 3 + "+2" + MASK * 5
+    result = llada.infilling(model(), TOKENIZER, [text], block_length=3, cache=cache)
+    given = torch.tensor(ids_of(text))
+    (found,) = result.sequences
+    assert torch.equal(found[given != TOKENIZER.mask_token_id], given[given != TOKENIZER.mask_token_id])
+    assert not (found == TOKENIZER.mask_token_id).any()
+    assert not result.exact
