@@ -19,9 +19,8 @@ from dllm.pipelines import llada
 from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM
 from dllm.sampling.config import SamplingConfig
 
-WHOLE: dict[str, Any] = {
-    "early_stop": False for field in dataclasses.fields(SamplingConfig) if field.name == "early_stop"
-}
+FIELDS = {field.name for field in dataclasses.fields(SamplingConfig)}
+WHOLE: dict[str, Any] = {name: False for name in ("early_stop",) if name in FIELDS}
 """The published loop takes every step of its schedule."""
 MASK = 30
 

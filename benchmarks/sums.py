@@ -2,9 +2,9 @@
 
 Use:
 
-    python benchmarks/addition.py --output_dir runs/sums
+    python benchmarks/sums.py --output_dir runs/sums
 
-trains it, in about twenty minutes of one core; `python benchmarks/sampling.py --sums runs/sums/checkpoint-final` measures with it.
+trains it; `python benchmarks/sampling.py --sums runs/sums/checkpoint-final` measures with it.
 
 A question is 8 problems of `dllm.data.addition`, 6 characters each (`12+34;`). Its answer has the sums, as wide
 (`00046;`, without the last semicolon): with the end of the turn 48 tokens, three blocks of 16.
@@ -88,9 +88,9 @@ def train(folder: Path, rows: int, steps: int, overrides: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--rows", type=int, default=40_000, help="conversations of 8 sums")
+    parser.add_argument("--rows", type=int, default=8000, help="conversations of 8 sums")
     parser.add_argument("--max_steps", type=int, default=500)
-    parser.add_argument("--config_overrides", default="n_layers=4,mlp_hidden_size=256")
+    parser.add_argument("--config_overrides", default="d_model=96,n_layers=3,mlp_hidden_size=256")
     arguments = parser.parse_args()
     train(arguments.output_dir, arguments.rows, arguments.max_steps, arguments.config_overrides)
 
