@@ -47,6 +47,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--reference_rows", type=int, default=4, help="rows of a batch that the published loop runs")
     parser.add_argument(
+        "--at_once", type=int, default=1, help="random: of those, rows of one batch, padded on the left"
+    )
+    parser.add_argument(
         "--task_vocabularies", nargs="+", type=int, default=[0, 32_768, 126_464], help="0 is a model's own"
     )
     parser.add_argument("--puzzles", type=int, default=100)

@@ -136,9 +136,8 @@ def lines_of(case: Case, parts: Parts, settings: dict[str, int], at_once: int, r
 def random_section(arguments: argparse.Namespace) -> str:
     gen, steps = arguments.gen_length, arguments.steps
     settings = dict(gen_length=gen, block_length=arguments.block_length, steps=steps)
-    lines = [
-        "| V | dtype | batch | loop | forwards | ms each | seconds | tokens/s | against published | floor, s | of it | same tokens |"
-    ]
+    columns = "loop | forwards | ms each | seconds | tokens/s | against published | floor, s | of it | same tokens"
+    lines = [f"| V | dtype | batch | {columns} |"]
     alone = ["| V | dtype | body, ms | head, ms | published statistics, ms | predicted ratio, exact |"]
     for table in (lines, alone):
         table.append("|" + "---|" * (table[0].count("|") - 1))
@@ -163,7 +162,8 @@ def random_section(arguments: argparse.Namespace) -> str:
     what = (
         f"random weights, a body of {body_size():.0f} M parameters (d_model 512, 8 layers), prompts of 32 to 160 tokens, "
         f"gen_length {gen}, block_length {arguments.block_length}, {steps} steps. The published loop runs the first "
-        f"{arguments.reference_rows} rows of a batch, {arguments.at_once} at a time; the floor in its line is what its parts take alone."
+        f"{arguments.reference_rows} rows of a batch, {arguments.at_once} at a time; the floor in its line is what its parts "
+        f"take alone."
     )
     missing = [cache for cache in CACHES if not exists(cached(cache))]
     absent = f"\nNot in this version: {', '.join(missing)}.\n" if missing else ""
