@@ -3,7 +3,7 @@
 Use:
 
     python benchmarks/sampling.py random --output benchmarks/results/sampling_random_cpu_DATE.md
-    python benchmarks/sampling.py tasks --sums runs/sums/checkpoint-final --output benchmarks/results/sampling_tasks_cpu_DATE.md
+    python benchmarks/sampling.py tasks --output benchmarks/results/sampling_tasks_cpu_DATE.md
     python benchmarks/sampling.py steps --device cuda --preset 8b --output benchmarks/results/sampling_steps_8b_DEVICE_DATE.md
 
 The baseline is `tests/reference/published.py`, the published loop over the same model: only the loop differs. Variants take
@@ -12,10 +12,10 @@ rounds. With one thread seconds are those of the process on the CPU, which other
 are the clock's.
 
 `random` has random weights, a body of 34 M parameters and ragged prompts, and checks that the exact variants write the
-published loop's tokens. `tasks` has trained models and answers that can be checked: the sudoku model that ships inside
-(masks between given tokens) and the model of `benchmarks/sums.py` (prompt and answer), each with its own vocabulary and with
-one widened to the size of a public checkpoint's. `steps` is for a GPU: milliseconds a step of a shape against reading its
-weights once, tokens/s by batch, and how often the host waits for the device.
+published loop's tokens. `tasks` has answers that can be checked: the sudoku model that ships inside, on puzzles (masks
+between given tokens) and on grids to be completed (a prompt and a tail of blocks), with its own vocabulary and with ones
+widened to the size of a public checkpoint's. `steps` is for a GPU: milliseconds a step of a shape against reading its weights
+once, tokens/s by batch, and how often the host waits for the device.
 
 The floor of a variant is what its schedule cannot do without, from parts that are timed alone before the loops are: the body
 at every position that is computed, and the head (V x D products) at every position that is asked.
@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from sampling_random import random_section
 from sampling_steps import steps_section
-from sampling_tasks import tasks_section
+from sampling_tasks import POLICIES, tasks_section
 from turns import CACHES
 
 
@@ -53,9 +53,9 @@ def main() -> None:
         "--task_vocabularies", nargs="+", type=int, default=[0, 32_768, 126_464], help="0 is a model's own"
     )
     parser.add_argument("--puzzles", type=int, default=100)
-    parser.add_argument("--questions", type=int, default=100)
-    parser.add_argument("--sums", help="the model that benchmarks/sums.py made")
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="tasks: of the policies but fixed")
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES, help="tasks")
+    parser.add_argument("--policies", nargs="+", choices=list(POLICIES), default=list(POLICIES), help="tasks")
+    parser.add_argument("--tasks", default="", help="tasks: only those whose name begins so")
     parser.add_argument("--device", default="cuda", help="steps: where")
     parser.add_argument("--preset", default="8b", help="steps: 8b or moe-7b")
     parser.add_argument("--bandwidth", type=float, default=3.35e12, help="steps: bytes a second; an H100's by default")
