@@ -60,7 +60,7 @@ def exists(options: dict[str, Any]) -> bool:
     return True
 
 
-WHOLE: dict[str, Any] = {"early_stop": False} if exists({"early_stop": False}) else {}
+WHOLE: dict[str, Any] = {"early_stop": False}
 """Every step is taken, as the published loop takes them."""
 
 
