@@ -125,7 +125,7 @@ def lines_of(case: Case, parts: Parts, settings: dict[str, int], at_once: int, r
         if loop == "published":
             continue
         needed = floor(parts, loop, lengths, gen, block, steps)
-        same = agreement(done.sequences, theirs.canvases, must=case.must_agree and loop == "none")
+        same = agreement(done.sequences, theirs.canvases, gen, must=case.must_agree and loop == "none")
         rate, ratio = len(lengths) * gen / seconds, base * len(lengths) / seconds
         cells = f"{done.nfe} | {1000 * seconds / done.nfe:.0f} | {seconds:.2f} | {rate:.1f} | {ratio:.2f}"
         against = " | " if needed is None else f"{needed:.2f} | {seconds / needed:.2f}"
@@ -177,9 +177,11 @@ def body_size() -> float:
     return BODY["n_layers"] * (4 * d * d + 3 * d * hidden) / 1e6
 
 
-def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor], *, must: bool) -> str:
-    """The share of equal tokens, over the rows that both have."""
-    same = [a == b.cpu() for a, b in zip(ours, theirs, strict=False)]  # the published loop ran the first rows alone
+def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor], gen: int, *, must: bool) -> str:
+    """The share of equal tokens among the last `gen`, over the rows that both have."""
+    same = [
+        a[-gen:] == b[-gen:].cpu() for a, b in zip(ours, theirs, strict=False)
+    ]  # the published loop ran the first rows alone
     share = float(torch.cat(same).float().mean())
     if must and share < 1:
         raise SystemExit(f"The exact loop wrote other tokens than the published one: {share:.4f} of them are the same.")
