@@ -241,6 +241,20 @@ def test_a_real_run_is_replayed_to_its_result(tmp_path: Path) -> None:
     assert all(0 < p <= 1 for p in probabilities)
 
 
+def test_tokens_that_a_policy_takes_back_are_masks_again_on_the_way() -> None:
+    model, tokenizer = llada.load_model("builtin:sudoku9"), llada.load_tokenizer("builtin:sudoku9")
+    puzzle = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79".replace(".", MASK)
+    result = llada.infill(
+        model, tokenizer, [puzzle + str(tokenizer.eos_token)], trace=True, policy="remdm", eta=0.3, steps=20
+    )
+    assert result.trace is not None
+    row = replay_row(result.trace, tokenizer, 0, "puzzle")
+    states = replayed({"pieces": row.pieces, "frames": [frame._asdict() for frame in row.frames]})
+    assert "".join(map(str, states[-1])) == result.texts[0] + str(tokenizer.eos_token)
+    back = [place for a, b in itertools.pairwise(states) for place, text in enumerate(b) if text is None and a[place]]
+    assert back
+
+
 # In a browser ---------------------------------------------------------------------------------------------------------
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
