@@ -38,7 +38,7 @@ def ragged(rows: int, shortest: int, longest: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1)
     fractions = [sum((row + 1 >> bit & 1) / 2 ** (bit + 1) for bit in range(8)) for row in range(rows)]
     return [
-        torch.randint(3, 8000, (shortest + round(part * (longest - shortest)),), generator=generator)
+        torch.randint(3, 500, (shortest + round(part * (longest - shortest)),), generator=generator)
         for part in fractions
     ]
 
@@ -59,7 +59,7 @@ def published_statistics(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def parts_of(model: Any, length: int, asked: int, rounds: int) -> Parts:
     """The body at `length` positions, the head at `asked` and the published statistics at `asked`, for each position."""
-    ids = torch.randint(3, 8000, (1, length))
+    ids = torch.randint(3, 500, (1, length))
     hidden = model.model(ids).last_hidden_state[0, :asked]
     head = model.get_output_embeddings()
     logits = head(hidden)
