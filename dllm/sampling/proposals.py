@@ -18,7 +18,7 @@ from dllm.diffusion.noise import Purpose, keyed_gumbel, keyed_uniform
 from dllm.diffusion.objective import is_plain
 from dllm.layers.trunk import apply_head
 
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "other": 1 << 26}
+CHUNK_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 26}
 """Logits that exist at once: what stays in a CPU's cache; on a GPU few launches count more."""
 LEAST_COLUMNS = 2048
 """Columns of a chunk at least, however many positions ask."""
@@ -95,7 +95,7 @@ def propose(head: nn.Module, hidden_MD: Tensor, question: Question) -> Proposals
     if is_plain(head) and "distribution" not in question.needs:
         return _reduce(_columns(head, hidden_MD, max(LEAST_COLUMNS, limit // max(1, len(hidden_MD)))), question)
     vocabulary = getattr(head, "out_features", None) or getattr(head, "num_embeddings", None) or hidden_MD.shape[1]
-    rows = max(1, limit * 64 // vocabulary)
+    rows = max(1, limit * 256 // vocabulary)
     branches = hidden_MD.split(N) if N else (hidden_MD,)
     parts = []
     for start in range(0, max(1, N), rows):

@@ -95,6 +95,25 @@ def load_model(name_or_path: str | Path, *, keep_adapter: bool = False, **kwargs
     return model.eval()
 
 
+def compile_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """torch.compile for each block by itself, in place: sampling and training then run the compiled blocks.
+
+    Blocks are alike, so one of them is compiled and all use it; shapes are dynamic, so rows that come and go compile
+    nothing anew. The first forwards take a minute or so, once for each kind of attention (rows of one length, of several,
+    a cache).
+
+    Args:
+        model: of `load_model`, on its device and in its dtype.
+
+    Returns:
+        The model itself.
+    """
+    for module in model.modules():
+        if type(module).__name__ in (model._no_split_modules or ()):
+            module.compile(dynamic=True)
+    return model
+
+
 def adapter_folder(name_or_path: str | Path, **hub: Any) -> Path | None:
     """The files of an adapter, in its folder or in the hub's cache on this machine; None where the name is no adapter's.
 
