@@ -88,18 +88,18 @@ class Scheduler:
 
     # --- what users call
 
-    def submit(self, request: Request, *, steps: bool = False) -> Ticket:
+    def submit(self, request: Request, *, watch: bool = False) -> Ticket:
         """Puts a request in line.
 
         Args:
             request: the canvas and its settings.
-            steps: whether its ticket gives every denoising step.
+            watch: whether its ticket gives every denoising step.
 
         Raises:
             OptionError: fewer steps than blocks, a row larger than the memory, or a line that is full.
         """
         check_steps(request)
-        ticket = Ticket(self, request, steps, self._bytes_per_position(request.config))
+        ticket = Ticket(self, request, watch, self._bytes_per_position(request.config))
         if ticket.rows > self.max_rows:
             raise OptionError(
                 f"cfg_scale={request.config.cfg_scale} takes two rows, and max_rows={self.max_rows}: leave out cfg_scale, or "
@@ -244,7 +244,7 @@ class Scheduler:
     def _room(self, tickets: Sequence[Ticket], held: _Room | None) -> _Room:
         """What these rows take up as one batch; a cache keeps what it holds where they fit in it."""
         rows = sum(ticket.rows for ticket in tickets)
-        positions = max(t.request.most_positions for t in tickets) + max(t.shadow for t in tickets)
+        positions = max(ticket.length for ticket in tickets) + max(ticket.shadow for ticket in tickets)
         if held is not None and tickets[0].kind.cache != "none" and rows <= held.rows and positions <= held.positions:
             return held
         return _Room(rows, positions, rows * positions * tickets[0].bytes_per_position)
@@ -280,7 +280,7 @@ class Scheduler:
     def _join(self, kind: SamplingConfig, tickets: list[Ticket]) -> None:
         if kind not in self._batches:
             self._batches[kind] = Batch(self._network, kind, self.tokens, self._device, reuse=self._reuse(kind))
-        self._batches[kind].watch |= any(ticket.wants_steps for ticket in tickets)
+        self._batches[kind].watch |= any(ticket.watched for ticket in tickets)
         self._batches[kind].add([ticket.request for ticket in tickets], tickets)
 
     def _step(self, kind: SamplingConfig, batch: Batch) -> None:
@@ -291,7 +291,7 @@ class Scheduler:
             seen = batch.look()
             with self._lock:
                 for row, (ticket, taken) in enumerate(zip(tickets, steps, strict=False)):
-                    if event is not None and ticket.wants_steps and not ticket.done:
+                    if event is not None and ticket.watched and not ticket.done:
                         ticket.note_step(event, row, taken)
                 self._note_blocks(batch, seen)
                 done = {progress.name for progress in seen if progress.done}

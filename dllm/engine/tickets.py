@@ -52,15 +52,16 @@ class Desk(Protocol):
 class Ticket:
     """A request on its way. Iterate over it to see it being written; `answer()` waits for the end.
 
-    Iteration gives a `CommittedBlock` for every block that is complete and, with `steps`, a `StepEvent` for every step of
+    Iteration gives a `CommittedBlock` for every block that is complete and, if it is watched, a `StepEvent` for every step of
     the row (its row is 0, its step the row's own; what was taken back is a mask again). It may begin late: what happened
     before is kept. Every event is given once, so a ticket has one reader.
     """
 
-    def __init__(self, desk: Desk, request: Request, steps: bool, bytes_per_position: int) -> None:
-        self.request, self.wants_steps = request, steps
+    def __init__(self, desk: Desk, request: Request, watch: bool, bytes_per_position: int) -> None:
+        self.request, self.watched = request, watch
         self.kind = alike(request.config)
         self.rows = 2 if request.config.cfg_scale > 0 else 1
+        self.length = request.most_positions
         self.shadow = most_in_block(request) if "verified" in POLICIES[request.config.policy].needs else 0
         self.bytes_per_position = bytes_per_position
         self.alone = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -152,6 +153,7 @@ def test_rows_join_and_leave_at_any_time_and_have_their_tokens_alone(
     predict, branches = HashPredictor(V, data.draw(st.integers(0, 99))), data.draw(st.sampled_from([1, 2]))
     batch = Batch(as_network(predict, branches), alike(replace(config, cfg_scale=float(branches == 2))), TOKENS, "cpu")
     asked: dict[int, tuple[list[int], SamplingConfig]] = {}
+    numbers = count()
     done: dict[Any, Any] = {}
     for _ in range(6):
         for _ in range(data.draw(st.integers(0, 2))):
@@ -162,7 +164,7 @@ def test_rows_join_and_leave_at_any_time_and_have_their_tokens_alone(
                 cfg_scale=0.0 if branches == 1 else data.draw(st.sampled_from([0.5, 2.0])),
                 seed=data.draw(st.integers(0, 9)),
             )
-            number = len(asked)
+            number = next(numbers)
             asked[number] = (row, own)
             ids = torch.tensor(row)
             batch.add([Request(ids, ids == MASK, own, number)], [number])

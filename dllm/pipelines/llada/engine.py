@@ -113,20 +113,20 @@ class Engine:
             needed += 4 * shape.vocab_size
         return needed
 
-    def submit(self, prompt: Prompt, *, request: int = 0, steps: bool = False, **options: Any) -> Ticket:
+    def submit(self, prompt: Prompt, *, request: int = 0, watch: bool = False, **options: Any) -> Ticket:
         """Puts a prompt in line; its ticket can be iterated over, waited for, and cancelled.
 
         Args:
             prompt: text, ids, or a conversation.
             request: keys the noise, with the seed.
-            steps: whether the ticket gives every denoising step, not only complete blocks.
+            watch: whether the ticket gives every denoising step, not only complete blocks.
             **options: of `dllm.generate`.
 
         Raises:
             OptionError: see `dllm.generate`; or the line is full, or the row larger than the memory.
         """
         config = generation_config(**options)
-        return self.scheduler.submit(self._request(prompt, config, request), steps=steps)
+        return self.scheduler.submit(self._request(prompt, config, request), watch=watch)
 
     def _request(self, prompt: Prompt, config: SamplingConfig, number: int, what: str = "the prompt") -> Request:
         with self._tokenizing:
@@ -137,13 +137,13 @@ class Engine:
             return answer_text(self.model, tokenizer, request, canvas)
 
     def submit_infilling(
-        self, text: str | Sequence[int] | Tensor, *, request: int = 0, steps: bool = False, **options: Any
+        self, text: str | Sequence[int] | Tensor, *, request: int = 0, watch: bool = False, **options: Any
     ) -> Ticket:
         """As `submit`, for a text with masks: see `dllm.infilling`."""
         config = infilling_config(**options)
         with self._tokenizing:
             asked = infilling_request(self.model, self.tokenizer, text, config, request)
-        return self.scheduler.submit(asked, steps=steps)
+        return self.scheduler.submit(asked, watch=watch)
 
     def stream(self, prompt: Prompt, *, streamer: Streamer | None = None, **options: Any) -> Iterator[str]:
         """The answer, piece by piece: text comes when the block that it is in is complete, and is final.
@@ -161,7 +161,7 @@ class Engine:
         """
         if self.tokenizer is None:
             raise OptionError("Streaming text needs a tokenizer: give the engine one, or iterate over submit(...).")
-        ticket = self.submit(prompt, steps=streamer is not None, **options)
+        ticket = self.submit(prompt, watch=streamer is not None, **options)
         pieces = self._pieces(ticket, self.tokenizer, streamer)
         next(pieces)  # from here on, letting go of it cancels the request, also before the first piece
         return pieces
