@@ -15,6 +15,9 @@ PolicyName = Literal[
     "fixed", "threshold", "factor", "entropy_bound", "klass", "wino", "hierarchical", "remdm"
 ]  # in the order of dllm/sampling/policies.py, which says what each does
 CacheName = Literal["none", "prefix", "dual", "vicinity", "delayed"]
+BlockPolicy = Literal["fixed", "adablock"]
+LengthPolicy = Literal["fixed", "daedal"]
+EarlyAnswer = Literal["none", "prophet"]
 
 ALIASES = {
     "max_new_tokens": "gen_length",
@@ -57,8 +60,51 @@ CACHE_OPTIONS: dict[CacheName, dict[str, int | None]] = {
 }
 """The options of each cache, and their defaults; a `cache_refresh` of None is a refresh at the start of each block alone."""
 
+BLOCK_OPTIONS: dict[BlockPolicy, dict[str, Any]] = {
+    "fixed": {},
+    "adablock": {"delimiters": (), "delimiter_threshold": 0.3, "delimiter_window": 0.25},
+}
+"""The options of each rule of where a block ends, and their defaults; no delimiters are the tokenizer's line break."""
+
+LENGTH_OPTIONS: dict[LengthPolicy, dict[str, float | int]] = {
+    "fixed": {},
+    "daedal": {
+        "initial_length": 64,
+        "expansion_factor": 8,
+        "eos_window": 32,
+        "eos_threshold": 0.5,
+        "expand_threshold": 0.1,
+        "expand_eos_threshold": 0.9,
+    },
+}
+"""The options of each rule of how long an answer is, and their defaults."""
+
+EARLY_ANSWER_OPTIONS: dict[EarlyAnswer, dict[str, float]] = {
+    "none": {},
+    "prophet": {"early_gap": 7.5, "middle_gap": 5.0, "late_gap": 2.5},
+}
+"""The options of each rule of when a whole answer is committed, and their defaults."""
+
 _COUNT = (1, math.inf, "a whole number, at least 1")
 _FRACTION = (0, 1, "a number from 0 to 1")
+_NAMES: dict[str, Any] = {
+    "remasking": Remasking,
+    "policy": PolicyName,
+    "cache": CacheName,
+    "block_policy": BlockPolicy,
+    "length_policy": LengthPolicy,
+    "early_answer": EarlyAnswer,
+}
+OPTION_TABLES: dict[str, Mapping[Any, Mapping[str, Any]]] = {
+    "policy": POLICY_OPTIONS,
+    "cache": CACHE_OPTIONS,
+    "block_policy": BLOCK_OPTIONS,
+    "length_policy": LENGTH_OPTIONS,
+    "early_answer": EARLY_ANSWER_OPTIONS,
+}
+"""Which setting chooses among which options."""
+
+_GAP = (0, math.inf, "0 or more, a finite number of logits")
 _RANGES: dict[str, tuple[float, float, str]] = {
     "gen_length": _COUNT,
     "steps": _COUNT,
@@ -66,6 +112,9 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "kl_steps": _COUNT,
     "vicinity": _COUNT,
     "cache_refresh": _COUNT,
+    "initial_length": _COUNT,
+    "expansion_factor": (2, math.inf, "a whole number, at least 2"),
+    "eos_window": _COUNT,
     "seed": (-math.inf, math.inf, "a whole number"),
     # an infinite temperature would make NaN of suppressed tokens, an infinite guidance of equal logits
     "temperature": (0, math.inf, "0 or more, a finite number"),
@@ -74,6 +123,14 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "low_threshold": _FRACTION,
     "verify_threshold": _FRACTION,
     "eta": _FRACTION,
+    "delimiter_threshold": _FRACTION,
+    "delimiter_window": _FRACTION,
+    "eos_threshold": _FRACTION,
+    "expand_threshold": _FRACTION,
+    "expand_eos_threshold": _FRACTION,
+    "early_gap": _GAP,
+    "middle_gap": _GAP,
+    "late_gap": _GAP,
     "factor": (0, math.inf, "0 or more, a finite number"),
     "gamma": (0, math.inf, "0 or more, a finite number of nats"),
     "kl_threshold": (0, math.inf, "0 or more, a finite number of nats"),
@@ -134,6 +191,38 @@ class SamplingConfig:
     cache_refresh: int | None = None
     """Steps after which a cache computes everything anew, besides at a block's start (cache delayed: default 8; prefix,
     dual and vicinity: by default never)."""
+    block_policy: BlockPolicy = "fixed"
+    """Where a block ends: after block_length masks (fixed), or after the surest delimiter of those ahead (adablock)."""
+    delimiters: tuple[int, ...] = ()
+    """Block policy adablock: ids of the tokens that may end a block; by default the tokenizer's line break."""
+    delimiter_threshold: float | None = None
+    """Block policy adablock: how sure a delimiter has to be (default 0.3); if none is, a block has block_length masks."""
+    delimiter_window: float | None = None
+    """Block policy adablock: how far it looks ahead, as a fraction of gen_length (default 0.25)."""
+    length_policy: LengthPolicy = "fixed"
+    """How long an answer is: gen_length (fixed), or as long as it turns out to be, up to gen_length (daedal)."""
+    initial_length: int | None = None
+    """Length policy daedal: masks to begin with (default 64)."""
+    expansion_factor: int | None = None
+    """Length policy daedal: masks that are added at the end at a time, and that an unsure mask becomes (default 8)."""
+    eos_window: int | None = None
+    """Length policy daedal: how many of the last places say whether the text has ended (default 32)."""
+    eos_threshold: float | None = None
+    """Length policy daedal: before the first step masks are added until their mean probability of end-of-text is this
+    (default 0.5)."""
+    expand_threshold: float | None = None
+    """Length policy daedal: the least sure mask becomes several if its confidence is below this (default 0.1)."""
+    expand_eos_threshold: float | None = None
+    """Length policy daedal: no mask becomes several once the mean probability of end-of-text is this (default 0.9)."""
+    early_answer: EarlyAnswer = "none"
+    """Whether a whole answer is committed at once when it is known: never (none), or when the best logits are far above the
+    second best (prophet)."""
+    early_gap: float | None = None
+    """Early answer prophet: how far, on the mean, while less than a third of the masks is committed (default 7.5)."""
+    middle_gap: float | None = None
+    """Early answer prophet: how far while less than two thirds are (default 5)."""
+    late_gap: float | None = None
+    """Early answer prophet: how far from then on (default 2.5)."""
     early_stop: bool = True
     """A row is done when everything up to its first end-of-text token is committed."""
     cfg_scale: float = 0.0
@@ -148,13 +237,22 @@ class SamplingConfig:
     """Seed of the noise (temperature above 0, random remasking). The noise of a row depends on (seed, request) alone."""
 
     def __post_init__(self) -> None:
-        for name, names in (("remasking", Remasking), ("policy", PolicyName), ("cache", CacheName)):
+        for name in ("cfg_keep_tokens", "delimiters"):
+            tokens = getattr(self, name)
+            object.__setattr__(self, name, (tokens,) if isinstance(tokens, int) else tuple(tokens))
+        for name, names in _NAMES.items():
             if getattr(self, name) not in get_args(names):
                 given = getattr(self, name)
                 raise OptionError(f"{name}={given!r} does not exist.{did_you_mean(str(given), get_args(names))}")
         self._check_values()
-        self._check_belongings("policy", POLICY_OPTIONS)
-        self._check_belongings("cache", CACHE_OPTIONS)
+        for chooser, table in OPTION_TABLES.items():
+            self._check_belongings(chooser, table)
+        if self.steps is not None and (self.block_policy, self.length_policy) != ("fixed", "fixed"):
+            chooser = "length_policy" if self.block_policy == "fixed" else "block_policy"
+            raise OptionError(
+                f"steps={self.steps} does not belong to {chooser}={getattr(self, chooser)!r}: how many masks the steps would "
+                f"be shared among is not known beforehand. Leave out steps, or {chooser}."
+            )
         if self.steps is not None and self.policy not in SCHEDULED:
             raise OptionError(
                 f"steps={self.steps} does not belong to policy={self.policy!r}, which decides by itself how many tokens a step "
@@ -165,12 +263,15 @@ class SamplingConfig:
                 f"remasking={self.remasking!r} does not belong to policy={self.policy!r}, which takes "
                 f"{' or '.join(POLICY_REMASKING[self.policy])}; policy='fixed' takes them all."
             )
+        if self.length_policy == "daedal" and self.length_options["initial_length"] > self.gen_length:
+            raise OptionError(
+                f"initial_length={self.length_options['initial_length']} exceeds gen_length={self.gen_length}, which is the "
+                f"longest that length_policy='daedal' lets an answer grow: lower the one or raise the other."
+            )
         if self.policy == "hierarchical":
             low, high = self.policy_options["low_threshold"], self.policy_options["threshold"]
             if low > high:
                 raise OptionError(f"low_threshold={low} is above threshold={high}: it is the lower of the two.")
-        kept = (self.cfg_keep_tokens,) if isinstance(self.cfg_keep_tokens, int) else self.cfg_keep_tokens
-        object.__setattr__(self, "cfg_keep_tokens", tuple(kept))
 
     def _check_values(self) -> None:
         for field in dataclasses.fields(self):
@@ -189,7 +290,7 @@ class SamplingConfig:
         """Refuses a given option that is none of the chosen policy's or cache's."""
         chosen = getattr(self, chooser)
         for name in dict.fromkeys(option for options in table.values() for option in options):
-            if getattr(self, name) is not None and name not in table[chosen]:
+            if getattr(self, name) not in (None, ()) and name not in table[chosen]:
                 takers = [taker for taker, options in table.items() if name in options]
                 raise OptionError(
                     f"{name}={getattr(self, name)!r} does not belong to {chooser}={chosen!r}: it goes with {chooser} "
@@ -205,6 +306,21 @@ class SamplingConfig:
     def cache_options(self) -> dict[str, int | None]:
         """The options of the chosen cache, defaults filled in."""
         return self._filled_in(CACHE_OPTIONS[self.cache])
+
+    @property
+    def block_options(self) -> dict[str, Any]:
+        """The options of the chosen block policy, defaults filled in."""
+        return self._filled_in(BLOCK_OPTIONS[self.block_policy])
+
+    @property
+    def length_options(self) -> dict[str, float | int]:
+        """The options of the chosen length policy, defaults filled in."""
+        return self._filled_in(LENGTH_OPTIONS[self.length_policy])
+
+    @property
+    def early_answer_options(self) -> dict[str, float]:
+        """The options of the chosen rule of early answers, defaults filled in."""
+        return self._filled_in(EARLY_ANSWER_OPTIONS[self.early_answer])
 
     def _filled_in(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
         given = {name: getattr(self, name) for name in defaults}

@@ -15,11 +15,13 @@ from dllm.cli.options import Parser, add_settings, attribute_docstrings, given_s
 from dllm.errors import OptionError
 from dllm.sampling.config import (
     ALIASES,
-    CACHE_OPTIONS,
-    POLICY_OPTIONS,
+    OPTION_TABLES,
     POLICY_REMASKING,
     SCHEDULED,
+    BlockPolicy,
     CacheName,
+    EarlyAnswer,
+    LengthPolicy,
     PolicyName,
     Remasking,
     SamplingConfig,
@@ -27,7 +29,7 @@ from dllm.sampling.config import (
 
 FIELDS = [field.name for field in dataclasses.fields(SamplingConfig)]
 VALUES: dict[str, st.SearchStrategy[Any]] = {
-    "gen_length": st.integers(1, 10**6),
+    "gen_length": st.integers(64, 10**6),
     "steps": st.integers(1, 10**6),
     "block_length": st.integers(1, 10**6),
     "temperature": st.floats(0, 10),
@@ -44,6 +46,21 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
     "cache": st.sampled_from(get_args(CacheName)),
     "vicinity": st.integers(1, 100),
     "cache_refresh": st.integers(1, 100),
+    "block_policy": st.sampled_from(get_args(BlockPolicy)),
+    "delimiters": st.lists(st.integers(0, 10**6), min_size=1, max_size=5).map(tuple),
+    "delimiter_threshold": st.floats(0, 1),
+    "delimiter_window": st.floats(0, 1),
+    "length_policy": st.sampled_from(get_args(LengthPolicy)),
+    "initial_length": st.integers(1, 8),
+    "expansion_factor": st.integers(2, 100),
+    "eos_window": st.integers(1, 100),
+    "eos_threshold": st.floats(0, 1),
+    "expand_threshold": st.floats(0, 1),
+    "expand_eos_threshold": st.floats(0, 1),
+    "early_answer": st.sampled_from(get_args(EarlyAnswer)),
+    "early_gap": st.floats(0, 10),
+    "middle_gap": st.floats(0, 10),
+    "late_gap": st.floats(0, 10),
     "early_stop": st.booleans(),
     "cfg_scale": st.floats(0, 10),
     "cfg_keep_tokens": st.lists(st.integers(0, 10**6), min_size=1, max_size=5).map(tuple),
@@ -54,12 +71,14 @@ VALUES: dict[str, st.SearchStrategy[Any]] = {
 
 
 def belonging(settings: dict[str, Any]) -> dict[str, Any]:
-    """Less what does not belong to the policy and the cache among them."""
-    policy, cache = settings.get("policy", "fixed"), settings.get("cache", "none")
-    strangers = {option for options in (*POLICY_OPTIONS.values(), *CACHE_OPTIONS.values()) for option in options}
-    strangers -= {*POLICY_OPTIONS[policy], *CACHE_OPTIONS[cache]}
-    strangers |= set() if policy in SCHEDULED else {"steps"}
-    strangers |= set() if settings.get("remasking") in POLICY_REMASKING[policy] else {"remasking"}
+    """Less what does not belong to the policy, the cache and so on among them."""
+    config = SamplingConfig(**{name: settings[name] for name in OPTION_TABLES if name in settings})
+    own = {option for chooser, table in OPTION_TABLES.items() for option in table[getattr(config, chooser)]}
+    strangers = {option for table in OPTION_TABLES.values() for options in table.values() for option in options} - own
+    if config.policy not in SCHEDULED or (config.block_policy, config.length_policy) != ("fixed", "fixed"):
+        strangers.add("steps")
+    if settings.get("remasking") not in POLICY_REMASKING[config.policy]:
+        strangers.add("remasking")
     return {name: value for name, value in settings.items() if name not in strangers}
 
 

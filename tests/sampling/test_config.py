@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Any, get_args
 
 import pytest
@@ -11,11 +12,18 @@ import pytest
 from dllm.errors import OptionError
 from dllm.sampling.config import (
     ALIASES,
+    BLOCK_OPTIONS,
     CACHE_OPTIONS,
+    EARLY_ANSWER_OPTIONS,
+    LENGTH_OPTIONS,
+    OPTION_TABLES,
     POLICY_OPTIONS,
     POLICY_REMASKING,
     SCHEDULED,
+    BlockPolicy,
     CacheName,
+    EarlyAnswer,
+    LengthPolicy,
     PolicyName,
     Remasking,
     SamplingConfig,
@@ -109,6 +117,12 @@ def test_a_misspelt_option_names_the_nearest(wrong: str, right: str) -> None:
         ({"policy": "klass", "kl_threshold": math.inf}, "kl_threshold=inf: it is 0 or more, a finite number of nats"),
         ({"policy": "klass", "kl_steps": 1.5}, "kl_steps=1.5: it is a whole number, at least 1"),
         ({"cache": "vicinity", "vicinity": 0}, "vicinity=0: it is a whole number, at least 1"),
+        ({"block_policy": "adablok"}, "block_policy='adablok' does not exist. Did you mean 'adablock'?"),
+        ({"length_policy": "deadal"}, "length_policy='deadal' does not exist. Did you mean 'daedal'?"),
+        ({"early_answer": "prophecy"}, "early_answer='prophecy' does not exist. Did you mean 'prophet'?"),
+        ({"block_policy": "adablock", "delimiter_window": 2}, "delimiter_window=2: it is a number from 0 to 1"),
+        ({"length_policy": "daedal", "expansion_factor": 1}, "expansion_factor=1: it is a whole number, at least 2"),
+        ({"early_answer": "prophet", "late_gap": -1}, "late_gap=-1: it is 0 or more, a finite number of logits"),
         ({"cache": "dual", "cache_refresh": 0}, "cache_refresh=0: it is a whole number, at least 1"),
     ],
 )
@@ -161,11 +175,29 @@ EXAMPLES: dict[str, Any] = {
     "eta": 0.2,
     "vicinity": 4,
     "cache_refresh": 2,
+    "delimiters": (13, 198),
+    "delimiter_threshold": 0.4,
+    "delimiter_window": 0.5,
+    "initial_length": 32,
+    "expansion_factor": 4,
+    "eos_window": 16,
+    "eos_threshold": 0.6,
+    "expand_threshold": 0.2,
+    "expand_eos_threshold": 0.8,
+    "early_gap": 8.0,
+    "middle_gap": 4.0,
+    "late_gap": 2.0,
 }
-TABLES: dict[str, dict[Any, dict[str, Any]]] = {"policy": POLICY_OPTIONS, "cache": CACHE_OPTIONS}
+FILLED_IN = {
+    "policy": "policy_options",
+    "cache": "cache_options",
+    "block_policy": "block_options",
+    "length_policy": "length_options",
+    "early_answer": "early_answer_options",
+}
 PAIRS = [
     (chooser, chosen, name)
-    for chooser, table in TABLES.items()
+    for chooser, table in OPTION_TABLES.items()
     for chosen in table
     for name in EXAMPLES
     if any(name in options for options in table.values())
@@ -175,22 +207,26 @@ PAIRS = [
 def test_the_tables_name_what_there_is() -> None:
     assert tuple(POLICY_OPTIONS) == tuple(POLICY_REMASKING) == get_args(PolicyName)
     assert tuple(CACHE_OPTIONS) == get_args(CacheName)
-    assert {name for table in TABLES.values() for options in table.values() for name in options} == set(EXAMPLES)
+    assert {name for table in OPTION_TABLES.values() for options in table.values() for name in options} == set(EXAMPLES)
     fields = {field.name: field.default for field in dataclasses.fields(SamplingConfig)}
-    assert {fields[name] for name in EXAMPLES} == {None}
+    assert {fields[name] for name in EXAMPLES} == {None, ()}
+    names = {"block_policy": BlockPolicy, "length_policy": LengthPolicy, "early_answer": EarlyAnswer}
+    assert {chooser: tuple(OPTION_TABLES[chooser]) for chooser in names} == {k: get_args(v) for k, v in names.items()}
+    assert (BLOCK_OPTIONS["fixed"], LENGTH_OPTIONS["fixed"], EARLY_ANSWER_OPTIONS["none"]) == ({}, {}, {})
 
 
 @pytest.mark.parametrize(("chooser", "chosen", "name"), PAIRS)
 def test_an_option_goes_with_its_policy_or_cache_alone(chooser: str, chosen: str, name: str) -> None:
-    table, settings = TABLES[chooser], {chooser: chosen, name: EXAMPLES[name]}
+    table, settings = OPTION_TABLES[chooser], {chooser: chosen, name: EXAMPLES[name]}
     if name in table[chosen]:
         config = SamplingConfig(**settings)
-        filled_in = {"policy": config.policy_options, "cache": config.cache_options}[chooser]
+        filled_in = getattr(config, FILLED_IN[chooser])
         assert filled_in == {**table[chosen], name: EXAMPLES[name]}
         assert SamplingConfig.from_options(**settings) == config
         return
     takers = ", ".join(taker for taker, options in table.items() if name in options)
-    message = f"{name}={EXAMPLES[name]} does not belong to {chooser}='{chosen}': it goes with {chooser} {takers}. Leave"
+    given = re.escape(f"{name}={EXAMPLES[name]}")
+    message = f"{given} does not belong to {chooser}='{chosen}': it goes with {chooser} {takers}. Leave"
     with pytest.raises(OptionError, match=message):
         SamplingConfig(**settings)
     with pytest.raises(OptionError, match=message):
@@ -256,3 +292,24 @@ def test_a_changed_copy_is_checked_again() -> None:
     }
     with pytest.raises(OptionError, match=r"threshold=0\.5 does not belong to policy='factor'"):
         dataclasses.replace(config, policy="factor")
+
+
+@pytest.mark.parametrize("settings", [{"block_policy": "adablock"}, {"length_policy": "daedal"}])
+def test_steps_are_shared_among_what_is_known_beforehand(settings: dict[str, Any]) -> None:
+    assert SamplingConfig(**settings).steps is None
+    ((name, chosen),) = settings.items()
+    with pytest.raises(OptionError, match=f"steps=4 does not belong to {name}='{chosen}': how many masks .* Leave out"):
+        SamplingConfig(steps=4, **settings)
+
+
+def test_an_answer_begins_shorter_than_it_may_become() -> None:
+    assert SamplingConfig(length_policy="daedal", gen_length=64).length_options["initial_length"] == 64
+    with pytest.raises(
+        OptionError, match=r"initial_length=64 exceeds gen_length=63, .* lower the one or raise the other"
+    ):
+        SamplingConfig(length_policy="daedal", gen_length=63)
+
+
+def test_delimiters_may_be_one() -> None:
+    config = SamplingConfig(block_policy="adablock", delimiters=198)  # type: ignore[arg-type]
+    assert config.block_options["delimiters"] == (198,)
