@@ -40,7 +40,7 @@ def block_lengths(
     delimiters: Sequence[int],
     *,
     delimiter_threshold: float,
-    block_length: int,
+    block_length: int | Tensor,
 ) -> Tensor:
     """AdaBlock: a block ends after the surest delimiter of the window, if its confidence is at least `delimiter_threshold`.
 
@@ -53,7 +53,7 @@ def block_lengths(
         window_R: int64 [R], the first how many of them are looked at (the paper: a quarter of the answer's length).
         delimiters: ids of the tokens that end a step of the text; the paper's is a line break.
         delimiter_threshold: 0 to 1.
-        block_length: places of a block that no delimiter ends.
+        block_length: places of a block that no delimiter ends; for all rows, or int64 [R].
 
     Returns:
         int64 [R]: places of the block; 0 for a row that has nothing ahead. Of equally sure delimiters the leftmost counts.

@@ -47,6 +47,8 @@ class Question(NamedTuple):
     """Of "second", "entropy", "distribution"."""
     given_N: Tensor | None = None
     """int64: tokens whose probability is wanted too."""
+    watched: tuple[int, ...] = ()
+    """Ids whose probability, all together, is wanted too."""
 
 
 class Proposals(NamedTuple):
@@ -66,6 +68,10 @@ class Proposals(NamedTuple):
     """fp32 [N, V]: the whole distribution."""
     given_N: Tensor | None
     """fp32: the probability of the given token."""
+    gap_N: Tensor | None
+    """fp32: the highest logit less the second highest; with "second"."""
+    watched_N: Tensor | None
+    """fp32: the probability that it is one of the watched tokens."""
 
 
 def guide(conditional: Tensor, unconditional: Tensor, cfg_scale: float | Tensor) -> Tensor:
@@ -136,6 +142,7 @@ def _reduce(chunks: Iterator[tuple[int, Tensor]], question: Question) -> Proposa
     token_N = torch.zeros(N, dtype=torch.int64, device=device)
     chosen_N = torch.full((N,), -torch.inf, device=device)  # the candidate's logit
     given_N = torch.full((N,), -torch.inf, device=device)
+    watched_Nw = torch.full((N, len(question.watched)), -torch.inf, device=device)
     value_N: Tensor | None = None  # the candidate's noised logit
     whole: list[Tensor] = []
     for start, logits_MC in chunks:
@@ -178,6 +185,9 @@ def _reduce(chunks: Iterator[tuple[int, Tensor]], question: Question) -> Proposa
             inside_N = (column_N >= 0) & (column_N < C)
             here_N = logits_NC.gather(1, column_N.clamp(0, C - 1)[:, None])[:, 0]
             given_N = torch.where(inside_N, here_N, given_N)
+        for w, token in enumerate(question.watched):
+            if start <= token < start + C:
+                watched_Nw[:, w] = logits_NC[:, token - start]
         if "distribution" in needs:
             whole.append(logits_NC)
     lse_N = top_N + mass_N.log()
@@ -189,4 +199,6 @@ def _reduce(chunks: Iterator[tuple[int, Tensor]], question: Question) -> Proposa
         entropy_N=(mass_N.log() - slope_N / mass_N).clamp(min=0) if "entropy" in needs else None,
         log_p_NV=torch.cat(whole, 1) - lse_N[:, None] if whole else None,
         given_N=(given_N - lse_N).exp() if question.given_N is not None else None,
+        gap_N=top_N - second_N if "second" in needs else None,
+        watched_N=(watched_Nw - lse_N[:, None]).exp().sum(1) if question.watched else None,
     )

@@ -7,6 +7,8 @@ A row is a canvas of its own length. Its masks in reading order are its *places*
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -27,6 +29,8 @@ class SpecialTokens(NamedTuple):
     """Never candidates with `suppress_eos`; the first fills what an early stop leaves open."""
     ends: tuple[int, ...] = ()
     """End of text and end of turn: committed last with `eos_last`; an answer is over at the first of them."""
+    delimiters: tuple[int, ...] = ()
+    """Where block policy adablock ends a block, unless the settings say it."""
 
 
 class Request(NamedTuple):
@@ -39,6 +43,24 @@ class Request(NamedTuple):
     config: SamplingConfig
     number: int
     """Keys the noise, with the seed."""
+
+    @property
+    def most_places(self) -> int:
+        """How many masks it may have in the end: those of the canvas; with length policy daedal up to `gen_length`."""
+        places = int(self.masked.sum())
+        return max(places, self.config.gen_length) if self.config.length_policy == "daedal" else places
+
+    @property
+    def most_positions(self) -> int:
+        """How long the canvas may become."""
+        return len(self.canvas) + self.most_places - int(self.masked.sum())
+
+    def grown(self, count: int) -> Request:
+        """The request with so many more masks at its end."""
+        if not count:
+            return self
+        canvas = torch.cat([self.canvas, self.canvas[-1:].expand(count)])
+        return self._replace(canvas=canvas, masked=torch.cat([self.masked, self.masked.new_ones(count)]))
 
 
 @dataclass
@@ -61,8 +83,12 @@ class Rows:
     """fp32: what the policy remembers of each place."""
     places_R: Tensor
     """int64: how many places the row has."""
+    most_R: Tensor
+    """int64: how many it may have in the end."""
     width_R: Tensor
     """int64: places of a block."""
+    window_R: Tensor
+    """int64: places of a block's window, where block policy adablock looks for its end."""
     steps_R: Tensor
     """int64: steps for all blocks together, -1 for one a token."""
     start_R: Tensor
@@ -75,6 +101,10 @@ class Rows:
     """int64: steps taken in it."""
     step_R: Tensor
     """int64: steps taken in all."""
+    growing_R: Tensor
+    """bool: its length is still being found, before anything is committed."""
+    moved_R: Tensor
+    """bool: it became longer at its last step: nothing lies where it lay before."""
     over_R: Tensor
     """bool: stopped early."""
     failed_R: Tensor
@@ -119,6 +149,50 @@ class Rows:
         return Rows(**{name: torch.cat(_padded(value, getattr(other, name))) for name, value in vars(self).items()})
 
 
+    def lengthened(self, after_R: Tensor, count_R: Tensor, length: int, places: int) -> Rows:
+        """Rows with more masks: behind one of its places each gets as many copies of it, and what follows moves.
+
+        Args:
+            after_R: int64 [R], the place, by its number among the row's places; it is open.
+            count_R: int64 [R], how many masks are added; 0 leaves the row as it is.
+            length: positions of the longest row then.
+            places: places of the row with the most then.
+
+        Returns:
+            The rows; a current block that the place is in has become longer too, and the new places remember nothing.
+        """
+        device, after_R1, count_R1 = self.length_R.device, after_R[:, None], count_R[:, None]
+        length_R, places_R = self.length_R + count_R, self.places_R + count_R
+        position_R1 = self.place_RM.gather(1, after_R1)
+
+        def origin(width: int, at_R1: Tensor) -> Tensor:
+            """int64 [R, width]: what stood where, before."""
+            new_W = torch.arange(width, device=device)
+            return torch.where(new_W <= at_R1, new_W, torch.maximum(new_W - count_R1, at_R1))
+
+        def moved(old_RC: Tensor, origin_RC: Tensor, count_R: Tensor) -> Tensor:
+            inside_RC = torch.arange(origin_RC.shape[1], device=device) < count_R[:, None]
+            return old_RC.gather(1, origin_RC.clamp(max=old_RC.shape[1] - 1)).masked_fill(~inside_RC, 0)
+
+        origin_RL, origin_RM = origin(length, position_R1), origin(places, after_R1)
+        new_M = torch.arange(places, device=device)
+        shift_RM = (new_M - after_R1).clamp(min=0).minimum(count_R1)
+        place_RM = moved(self.place_RM, origin_RM, places_R) + shift_RM
+        copied_RM = (new_M > after_R1) & (new_M <= after_R1 + count_R1)
+        inside_R = (self.start_R <= after_R) & (after_R < self.end_R)
+        fields = {name: moved(value, origin_RL, length_R) for name, value in vars(self).items() if name.endswith("_RL")}
+        return dataclasses.replace(
+            self,
+            **fields,
+            length_R=length_R,
+            places_R=places_R,
+            place_RM=place_RM.masked_fill(new_M >= places_R[:, None], 0),
+            memory_RM=moved(self.memory_RM, origin_RM, places_R).masked_fill(copied_RM, 0),
+            end_R=self.end_R + count_R * inside_R,
+            moved_R=self.moved_R | (count_R > 0),
+        )
+
+
 def _padded(one: Tensor, two: Tensor) -> list[Tensor]:
     if one.dim() == 1:
         return [one, two]
@@ -134,13 +208,17 @@ class Size(NamedTuple):
     places: int
     """Masks, at least 1."""
     width: int
-    """Places of its widest block."""
+    """Places of its widest block, as far as `block_length` says."""
+    window: int
+    """Places among which block policy adablock looks for a block's end; 0 with another."""
 
 
 def size_of(request: Request) -> Size:
     """The request's size in positions."""
-    places = max(1, int(request.masked.sum()))
-    return Size(len(request.canvas), places, min(places, request.config.block_length or places))
+    places, most, window = max(1, int(request.masked.sum())), max(1, request.most_places), 0
+    if request.config.block_policy == "adablock":
+        window = math.floor(request.config.block_options["delimiter_window"] * most)
+    return Size(len(request.canvas), places, min(most, request.config.block_length or most), window)
 
 
 def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
@@ -153,7 +231,8 @@ def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
     masked_RL = _stacked([request.masked for request in requests], False)
     ids_RL = _stacked([request.canvas for request in requests], mask_token_id).masked_fill(masked_RL, mask_token_id)
     given_RL = _stacked([~request.masked for request in requests], False)
-    places_R, width_R = masked_RL.sum(1), torch.tensor([size_of(request).width for request in requests])
+    places_R, sizes = masked_RL.sum(1), list(map(size_of, requests))
+    width_R = torch.tensor([size.width for size in sizes])
     place_RM = masked_RL.long().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(places_R.max()))]
     for row, request in enumerate(requests):
         check_steps(request)
@@ -170,13 +249,17 @@ def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
         place_RM=place_RM,
         memory_RM=torch.zeros(place_RM.shape),
         places_R=places_R,
+        most_R=torch.tensor([request.most_places for request in requests]),
         width_R=width_R,
+        window_R=torch.tensor([size.window for size in sizes]),
         steps_R=torch.tensor([-1 if config.steps is None else config.steps for config in configs]),
         start_R=zero_R,
         end_R=torch.minimum(width_R, places_R),
         block_R=zero_R,
         block_step_R=zero_R,
         step_R=zero_R,
+        growing_R=torch.tensor([config.length_policy == "daedal" for config in configs]),
+        moved_R=torch.zeros_like(length_R, dtype=torch.bool),
         over_R=torch.zeros_like(length_R, dtype=torch.bool),
         failed_R=torch.zeros_like(length_R, dtype=torch.bool),
         request_R=torch.tensor([_int64(request.number) for request in requests]),

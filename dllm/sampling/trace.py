@@ -14,8 +14,11 @@ from dllm.errors import DataError
 FORMAT = "dllm.trace/1"
 
 
+_NONE = torch.empty(0, dtype=torch.int64)
+
+
 class StepEvent(NamedTuple):
-    """One denoising step: the tokens it committed, over all rows. All tensors are on the CPU."""
+    """One denoising step: the tokens it committed, over all rows, and where rows became longer. All tensors are on the CPU."""
 
     step: int
     """0 for the first step of the run."""
@@ -27,6 +30,36 @@ class StepEvent(NamedTuple):
     """int64 [M]"""
     confidence: Tensor
     """fp32 [M]: the probability the model gave it."""
+    grown_row: Tensor = _NONE
+    """int64 [G]: the row of each mask that became several, after the step's tokens were committed (length policy daedal)."""
+    grown_position: Tensor = _NONE
+    """int64 [G]: where that mask stands."""
+    grown_count: Tensor = _NONE
+    """int64 [G]: how many masks were put in behind it; what follows has moved by so many positions."""
+
+    def with_rows(self, names: Tensor) -> StepEvent:
+        """The event with row i called names[i]; int64 [rows]."""
+        return self._replace(row=names[self.row], grown_row=names[self.grown_row])
+
+    def of_row(self, row: int) -> StepEvent:
+        """What happened to one row, which is called 0 then."""
+        here, grown = self.row == row, self.grown_row == row
+        return StepEvent(
+            self.step,
+            torch.zeros_like(self.row[here]),
+            self.position[here],
+            self.token[here],
+            self.confidence[here],
+            torch.zeros_like(self.grown_row[grown]),
+            self.grown_position[grown],
+            self.grown_count[grown],
+        )
+
+    def applied(self, canvas: Tensor, row: int = 0) -> Tensor:
+        """The row's canvas after this step, from the one before it: int64 [length], another tensor."""
+        here, grown = self.row == row, self.grown_row == row
+        canvas = canvas.index_put((self.position[here],), self.token[here])
+        return _lengthened(canvas, self.grown_position[grown].tolist(), self.grown_count[grown].tolist())
 
 
 @dataclass
@@ -42,16 +75,17 @@ class Trace:
         canvas = self.start[row].clone()
         yield canvas.clone()
         for event in self.events:
-            here = event.row == row
-            if bool(here.any()):
-                canvas[event.position[here]] = event.token[here]
+            if bool((event.row == row).any()) or bool((event.grown_row == row).any()):
+                canvas = event.applied(canvas, row)
                 yield canvas.clone()
 
     def commit_steps(self, row: int) -> Tensor:
-        """int64 [length]: the step at which each position was committed, -1 where the token was given."""
+        """int64 [length of the last canvas]: the step at which each position was committed, -1 where the token was given."""
         steps = torch.full_like(self.start[row], -1)
         for event in self.events:
+            grown = event.grown_row == row
             steps[event.position[event.row == row]] = event.step
+            steps = _lengthened(steps, event.grown_position[grown].tolist(), event.grown_count[grown].tolist())
         return steps
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +119,7 @@ class Trace:
         for trace in traces:
             offset = len(whole.start)
             whole.start += trace.start
-            whole.events += [event._replace(row=event.row + offset) for event in trace.events]
+            whole.events += [event._replace(row=event.row + offset, grown_row=event.grown_row + offset) for event in trace.events]
         return whole
 
 
@@ -94,3 +128,10 @@ def _read(name: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return torch.tensor(value, dtype=torch.float32 if name == "confidence" else torch.int64)
+
+
+def _lengthened(values: Tensor, positions: list[int], counts: list[int]) -> Tensor:
+    """Behind each of these positions, ascending, as many copies of what stands there."""
+    for position, count in reversed(list(zip(positions, counts, strict=True))):
+        values = torch.cat([values[: position + 1], values[position].expand(count), values[position + 1 :]])
+    return values
