@@ -37,7 +37,7 @@ class RowsState(NamedTuple):
     """What a rule may look at."""
 
     fresh_R: Tensor
-    """bool: the row's block starts at this step."""
+    """bool: the row's block starts at this step, or nothing lies where it lay before."""
     place_RW: Tensor
     """int64: canvas positions of the places of the row's current block."""
     valid_RW: Tensor

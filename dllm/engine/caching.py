@@ -31,7 +31,7 @@ class Caching(Reuse):
         """See `Reuse.compute`."""
         return self.rule(
             RowsState(
-                fresh_R=rows.block_step_R == 0,
+                fresh_R=(rows.block_step_R == 0) | rows.moved_R,
                 place_RW=place_RW,
                 valid_RW=valid_RW,
                 open_RL=rows.open_RL,

@@ -108,7 +108,7 @@ class Scheduler:
         needs = self._room([ticket], None).bytes
         if needs > self.max_bytes:
             raise OptionError(
-                f"A row of {len(request.canvas)} positions needs {needs / 2**20:.2f} MiB, and the engine has "
+                f"A row of {request.most_positions} positions needs {needs / 2**20:.2f} MiB, and the engine has "
                 f"{self.max_bytes / 2**20:.2f}: shorten the prompt or gen_length, or give the engine more memory_gb."
             )
         with self._lock:
@@ -244,7 +244,7 @@ class Scheduler:
     def _room(self, tickets: Sequence[Ticket], held: _Room | None) -> _Room:
         """What these rows take up as one batch; a cache keeps what it holds where they fit in it."""
         rows = sum(ticket.rows for ticket in tickets)
-        positions = max(len(t.request.canvas) for t in tickets) + max(t.shadow for t in tickets)
+        positions = max(t.request.most_positions for t in tickets) + max(t.shadow for t in tickets)
         if held is not None and tickets[0].kind.cache != "none" and rows <= held.rows and positions <= held.positions:
             return held
         return _Room(rows, positions, rows * positions * tickets[0].bytes_per_position)

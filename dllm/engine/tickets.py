@@ -7,13 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from dllm.errors import DllmError
 from dllm.sampling.batch import Batch, alike
 from dllm.sampling.policies import POLICIES
-from dllm.sampling.rows import Request, size_of
+from dllm.sampling.rows import Request, most_in_block
 from dllm.sampling.trace import StepEvent
 
 
@@ -62,7 +61,7 @@ class Ticket:
         self.request, self.wants_steps = request, steps
         self.kind = alike(request.config)
         self.rows = 2 if request.config.cfg_scale > 0 else 1
-        self.shadow = size_of(request).width if "verified" in POLICIES[request.config.policy].needs else 0
+        self.shadow = most_in_block(request) if "verified" in POLICIES[request.config.policy].needs else 0
         self.bytes_per_position = bytes_per_position
         self.alone = False
         """Whether it has to be tried by itself, because a batch that it was in failed."""
@@ -111,7 +110,8 @@ class Ticket:
 
     def finish(self, canvas: Tensor, steps: int) -> None:
         """It is answered; what an early stop left is its last block."""
-        position = self.request.masked.nonzero()[self._written :, 0]
+        request = self.request.grown(len(canvas) - len(self.request.canvas))
+        position = request.masked.nonzero()[self._written :, 0]
         if len(position):
             self._events.append(CommittedBlock(position, canvas[position]))
         self._answer = Answer(canvas, steps, time.monotonic() - self._began)
@@ -123,9 +123,8 @@ class Ticket:
     def note_step(self, event: StepEvent, row: int, steps: int) -> None:
         """Its row, of this number, has taken so many steps; one that it has told of already is not told again."""
         if steps > self._steps:
-            self._steps, here = steps, event.row == row
-            values = (event.position[here], event.token[here], event.confidence[here])
-            self._events.append(StepEvent(steps - 1, torch.zeros_like(event.row[here]), *values))
+            self._steps = steps
+            self._events.append(event.of_row(row)._replace(step=steps - 1))
 
     def note_blocks(self, batch: Batch, row: int, start: int) -> None:
         """Its blocks up to place `start` are complete."""

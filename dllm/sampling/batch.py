@@ -14,20 +14,35 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from dllm.sampling.change import Distributions
 from dllm.sampling.config import SamplingConfig
+from dllm.sampling.found import Found, spread, sureness
+from dllm.sampling.length_rules import LengthRules
 from dllm.sampling.network import Network, Reuse
-from dllm.sampling.packing import Blocks, pack, pack_with_shadow
+from dllm.sampling.packing import Shadows, pack, pack_with_shadow
 from dllm.sampling.policies import POLICIES
-from dllm.sampling.proposals import Keys, Proposals, Question, chance, propose
-from dllm.sampling.rows import Request, Rows, Size, SpecialTokens, compacted, rows_of, scheduled, size_of
+from dllm.sampling.proposals import Keys, Question, propose
+from dllm.sampling.rows import (
+    Request,
+    Rows,
+    Size,
+    SpecialTokens,
+    answered,
+    compacted,
+    most_in_block,
+    rows_of,
+    scheduled,
+    size_of,
+)
 from dllm.sampling.statistics import Statistics
 from dllm.sampling.trace import StepEvent
+from dllm.sampling.view import View, look
 
 
 class Finished(NamedTuple):
@@ -58,7 +73,7 @@ def alike(config: SamplingConfig) -> SamplingConfig:
     """What rows of one batch must have in common; the rest is each row's own."""
     return dataclasses.replace(
         config,
-        gen_length=1,
+        gen_length=int(config.length_options.get("initial_length", 1)),
         steps=None,
         block_length=None,
         temperature=float(config.temperature > 0),
@@ -108,15 +123,17 @@ class Batch:
         self.nfe = 0
         self._ends = torch.tensor(tokens.ends, dtype=torch.int64, device=device)
         self._needs = self.policy.needs
+        self.rules = LengthRules(config, tokens, self.device)
         # a policy that decides by itself would wait for ever for a place whose candidate is the mask
         mask = () if config.policy == "fixed" else (tokens.mask,)
         self._never = mask + (tuple(tokens.eos) if config.suppress_eos else ())
         self._asked = frozenset(
-            ({"second"} if config.remasking == "margin" else set())
+            self.rules.needs
+            | ({"second"} if config.remasking == "margin" else set())
             | ({"entropy"} if "entropy" in self._needs or config.remasking == "entropy" else set())
             | ({"distribution"} if "change" in self._needs else set())
         )
-        self._before: tuple[Tensor, Tensor] | None = None  # log p [R, M, V] and where it is known [R, M]: for "change"
+        self._before = Distributions()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -135,13 +152,14 @@ class Batch:
         self.requests += requests
         self._sizes += map(size_of, requests)
         if self.reuse is not None:
-            shadow = self._width if "verified" in self._needs else 0
-            self.reuse.admit(len(self.rows) * self.branches, self.rows.ids_RL.shape[1] + shadow)
+            shadow = max(map(most_in_block, self.requests)) if "verified" in self._needs else 0
+            positions = max(request.most_positions for request in self.requests)
+            self.reuse.admit(len(self.rows) * self.branches, positions + shadow)
 
     @property
-    def _width(self) -> int:
-        """W."""
-        return max(size.width for size in self._sizes)
+    def _reach(self) -> int:
+        """Places from a block's start on that a step may look at; as many as the widest block has, unless it grows."""
+        return max(max(size.width, size.window) for size in self._sizes)
 
     def look(self) -> list[Progress]:
         """How far the rows are; without waiting for the device, how far they were some steps ago. Once after each step."""
@@ -187,15 +205,13 @@ class Batch:
         self.requests = [self.requests[row] for row in stay]
         self._sizes = [self._sizes[row] for row in stay]
         if not stay:
-            self.rows = self._before = None
+            self.rows, self._before = None, Distributions()
             self._looks.clear()
         else:
             length, places = (max(column) for column in list(zip(*self._sizes, strict=True))[:2])
             index = torch.tensor(stay, device=self.device)
             self.rows = rows.kept(index, length, places)
-            if self._before is not None:
-                log_p_RMV, known_RM = self._remembered(rows, self._before[0].shape[2])
-                self._before = (log_p_RMV[index, :places], known_RM[index, :places])
+            self._before.keep(index, rows.place_RM.shape, places)
         if self.reuse is not None:
             self.reuse.keep([row * self.branches + branch for row in stay for branch in range(self.branches)])
         return gone
@@ -209,47 +225,73 @@ class Batch:
         """
         rows = self.rows
         assert rows is not None
-        W = self._width
-        offset_RW = rows.start_R[:, None] + torch.arange(W, device=self.device)
-        valid_RW = offset_RW < rows.end_R[:, None]
-        offset_RW = offset_RW.clamp(max=rows.place_RM.shape[1] - 1)
-        place_RW = rows.place_RM.gather(1, offset_RW)
-        open_RW = valid_RW & rows.open_RL.gather(1, place_RW)
-        statistics, probability_RW = self._statistics(rows, place_RW, valid_RW, open_RW, offset_RW)
+        rules = self.rules
+        reach = self._reach
+        view = look(rows, None if rules.wide else reach)
+        compute_RL = None if self.reuse is None else self.reuse.compute(rows, view.place_RW, view.block_RW)
+        ahead = rules.ahead(rows, view, compute_RL) if rules.any else None
+        found = self._propose(rows, view, compute_RL, None if ahead is None else ahead.asked_RW, reach)
         self.nfe += self.branches
+        rows.failed_R |= (view.open_RW & found.asked_RW & ~found.probability_RW.isfinite()).any(1)
+        rows.moved_R = torch.zeros_like(rows.moved_R)
+
+        acting_R = active_R = ~rows.done_R
+        grown_R = known_R = None
+        if ahead is not None and rules.daedal:
+            grown_R = rules.growth(rows, view, ahead, found) * active_R
+            acting_R = active_R & (grown_R == 0)
+            rows.growing_R = rows.growing_R & ~acting_R
+        if rules.adablock:
+            fresh_R = acting_R & (rows.block_step_R == 0)
+            rows.end_R = rules.block_ends(rows, view, found, fresh_R, reach)
+            view = view.blocks_of(rows)
+        if ahead is not None and rules.prophet:
+            known_R = acting_R & rules.known(rows, view, ahead, found)
 
         count_R, last_R = scheduled(rows)
-        memory_RW = rows.memory_RM.gather(1, offset_RW)
+        memory_RW = rows.memory_RM.gather(1, view.offset_RW)
+        statistics = self._statistics(rows, view, found, acting_R)
         decision = self.policy.decide(statistics, memory_RW, count_R, **self.options)
+        remembered_RW = view.block_RW & acting_R[:, None]
         M = rows.place_RM.shape[1]
-        rows.memory_RM = _scattered(rows.memory_RM, torch.where(valid_RW, offset_RW, M), decision.memory_RW)
-        rows.failed_R |= (open_RW & ~probability_RW.isfinite()).any(1)
-        active_R1 = ~rows.done_R[:, None]
+        rows.memory_RM = _scattered(rows.memory_RM, torch.where(remembered_RW, view.offset_RW, M), decision.memory_RW)
+        commit_RW = decision.commit_RW & statistics.open_RW
+        if ahead is not None and known_R is not None:
+            commit_RW = commit_RW | (known_R[:, None] & ahead.rest_RW)
         # a model may propose the mask itself: as in the published sampler, such a place uses up its turn and stays open
-        commit_RW = decision.commit_RW & open_RW & active_R1 & (statistics.token_RW != self.tokens.mask)
-        changed_RW = commit_RW
-        token_RW = statistics.token_RW
+        commit_RW = commit_RW & acting_R[:, None] & (found.token_RW != self.tokens.mask)
+        changed_RW, token_RW = commit_RW, found.token_RW
         if decision.remask_RW is not None:
-            back_RW = decision.remask_RW & statistics.committed_RW & active_R1
+            back_R = acting_R if known_R is None else acting_R & ~known_R
+            back_RW = decision.remask_RW & statistics.committed_RW & back_R[:, None]
             token_RW = torch.where(back_RW, self.tokens.mask, token_RW)
             changed_RW = commit_RW | back_RW
-        self._write(rows, place_RW, valid_RW, changed_RW, token_RW)
-        event = self._event(place_RW, changed_RW, token_RW, probability_RW) if self.watch else None
-        self._advance(rows, place_RW, valid_RW, last_R if self.config.policy == "fixed" else None)
+        ended_RW = rules.ended(rows, view, found) if rules.daedal else None
+        self._write(rows, view, changed_RW, token_RW)
+        event = self._event(view.place_RW, changed_RW, token_RW, found.probability_RW) if self.watch else None
+        next_R = self._advance(rows, view, active_R, acting_R, last_R if self.config.policy == "fixed" else None)
+        if known_R is not None:  # what is still a mask was proposed to be one
+            rows.start_R = torch.where(known_R, rows.places_R, rows.start_R)
+        if ahead is not None and grown_R is not None and ended_RW is not None:
+            left_RW = statistics.open_RW & ~commit_RW
+            may_R = acting_R & ~next_R & ~rows.done_R
+            after_R, count_R = rules.expansion(rows, view, ahead, found, ended_RW, left_RW, may_R)
+            after_R = torch.where(grown_R > 0, rows.places_R - 1, after_R)
+            event = self._lengthen(after_R, count_R + grown_R, event)
         return event
 
-    def _statistics(
-        self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, open_RW: Tensor, offset_RW: Tensor
-    ) -> tuple[Statistics, Tensor]:
-        """The forward, and what it says of the current blocks; the candidates' probabilities [R, W] beside it."""
-        committed_RW = valid_RW & ~open_RW
-        asked_RW = valid_RW if "verified" in self._needs else open_RW
+    def _propose(self, rows: Rows, view: View, compute_RL: Tensor | None, ahead_RW: Tensor | None, reach: int) -> Found:
+        """The forward, and what it says of the places that are asked for."""
+        shadowed = "verified" in self._needs
+        asked_RW = view.block_RW if shadowed else view.block_RW & view.open_RW
+        if ahead_RW is not None:
+            asked_RW = asked_RW | ahead_RW
         if self.waits:
             row_N, w_N = asked_RW.nonzero(as_tuple=True)
         else:
             place_N = torch.arange(asked_RW.numel(), device=self.device)
             row_N, w_N = place_N // asked_RW.shape[1], place_N % asked_RW.shape[1]
-        position_N = place_RW[row_N, w_N]
+        position_N = view.place_RW[row_N, w_N]
         keys = Keys(rows.seed_R[row_N], rows.request_R[row_N], position_N, rows.step_R[row_N])
         question = Question(
             keys,
@@ -257,130 +299,92 @@ class Batch:
             rows.temperature_R[row_N] if self.config.temperature > 0 else None,
             rows.guidance_R[row_N] if self.branches == 2 else None,
             self._asked,
-            rows.ids_RL[row_N, position_N] if "verified" in self._needs else None,
+            rows.ids_RL[row_N, position_N] if shadowed else None,
+            self.rules.watched,
         )
-        blocks = Blocks(place_RW, valid_RW, open_RW)
-        if "verified" in self._needs:
-            work = pack_with_shadow(
-                rows, blocks, row_N, w_N, branches=self.branches, mask=self.tokens.mask, reuse=self.reuse
-            )
+        options: dict[str, Any] = {"branches": self.branches, "mask": self.tokens.mask, "reuse": self.reuse}
+        if shadowed:
+            width = int((rows.end_R - rows.start_R).max()) if self.rules.wide else reach
+            block = look(rows, width)
+            needed_RW = block.block_RW & ~block.open_RW
+            committed_N = (view.block_RW & ~view.open_RW)[row_N, w_N]
+            shadow_N = torch.where(committed_N, view.offset_RW[row_N, w_N] - rows.start_R[row_N], -1)
+            shadows = Shadows(block.place_RW, needed_RW, shadow_N)
+            work = pack_with_shadow(rows, row_N, position_N, shadows, compute_RL, **options)
         else:
             lengths_P = [size.length for size in self._sizes for _ in range(self.branches)]
-            work = pack(
-                rows,
-                blocks,
-                (row_N, w_N),
-                lengths_P,
-                branches=self.branches,
-                mask=self.tokens.mask,
-                reuse=self.reuse,
-                waits=self.waits,
-            )
+            work = pack(rows, row_N, position_N, lengths_P, compute_RL, **options, waits=self.waits)
         found = self.network(work, lambda head, hidden_MD: propose(head, hidden_MD, question))
+        return spread(found, sureness(found, keys, self.config, self._ends), asked_RW, row_N, w_N)
 
-        def spread(values_N: Tensor, fill: float = 0) -> Tensor:
-            return torch.full(open_RW.shape, fill, dtype=values_N.dtype, device=self.device).index_put(
-                (row_N, w_N), values_N
-            )
-
-        confidence_N = found.probability_N
-        if self.config.remasking == "random":
-            confidence_N = chance(keys)
-        elif self.config.remasking == "margin":
-            assert found.second_N is not None
-            confidence_N = found.best_N - found.second_N
-        elif self.config.remasking == "entropy":
-            assert found.entropy_N is not None
-            confidence_N = -found.entropy_N
-        if self.config.eos_last:
-            # below every other, their own order kept; an entropy is at most the log of the vocabulary
-            lower = 64 if self.config.remasking == "entropy" else 2
-            confidence_N = confidence_N - lower * torch.isin(found.token_N, self._ends)
-        statistics = Statistics(
-            position_RW=place_RW,
+    def _statistics(self, rows: Rows, view: View, found: Found, acting_R: Tensor) -> Statistics:
+        """What a policy may know of the current blocks."""
+        open_RW, committed_RW = view.block_RW & view.open_RW, view.block_RW & ~view.open_RW
+        change_RW = None
+        if found.log_p_NV is not None:
+            row_N, offset_N = found.row_N, view.offset_RW[found.row_N, found.w_N]
+            counts_N = (open_RW & acting_R[:, None])[row_N, found.w_N]
+            change_N = self._before.change(found.log_p_NV, row_N, offset_N, counts_N, rows.place_RM.shape)
+            change_RW = found.laid(change_N)
+        return Statistics(
+            position_RW=view.place_RW,
             open_RW=open_RW,
             committed_RW=committed_RW,
-            token_RW=spread(found.token_N),
-            confidence_RW=spread(confidence_N, -torch.inf).masked_fill(~open_RW, -torch.inf),
-            entropy_RW=None if found.entropy_N is None else spread(found.entropy_N),
-            change_RW=self._change(rows, found, (row_N, w_N), offset_RW, valid_RW, spread),
-            verified_RW=None if found.given_N is None else spread(found.given_N) * committed_RW,
-        )
-        return statistics, spread(found.probability_N)
-
-    def _change(
-        self,
-        rows: Rows,
-        found: Proposals,
-        asked: tuple[Tensor, Tensor],
-        offset_RW: Tensor,
-        valid_RW: Tensor,
-        spread: Callable[[Tensor], Tensor],
-    ) -> Tensor | None:
-        """KL(p_t || p_t-1) of each asked place, whose distribution is kept for the next step."""
-        if found.log_p_NV is None:
-            return None
-        row_N, w_N = asked
-        log_p_RMV, known_RM = self._remembered(rows, found.log_p_NV.shape[1])
-        offset_N = offset_RW[row_N, w_N]
-        p_NV = found.log_p_NV.exp()
-        gap_NV = torch.where(p_NV > 0, p_NV * (found.log_p_NV - log_p_RMV[row_N, offset_N]), 0)
-        change_N = torch.where(known_RM[row_N, offset_N], gap_NV.sum(1).clamp(min=0), torch.inf)
-        log_p_RMV[row_N, offset_N] = found.log_p_NV
-        # beyond a block narrower than W are places of the next, whose first step is still to come
-        column_RW = torch.where(valid_RW, offset_RW, known_RM.shape[1])
-        self._before = (log_p_RMV, _scattered(known_RM, column_RW, torch.ones_like(valid_RW)))
-        return spread(change_N)
-
-    def _remembered(self, rows: Rows, V: int) -> tuple[Tensor, Tensor]:
-        """What `_before` holds, with room for rows that have joined since: copied only if there was none."""
-        R, M = len(rows), rows.place_RM.shape[1]
-        log_p_RMV, known_RM = self._before or (
-            torch.zeros(0, M, V, device=self.device),
-            torch.zeros(0, M, dtype=torch.bool, device=self.device),
-        )
-        if known_RM.shape == (R, M):
-            return log_p_RMV, known_RM
-        more_rows, more_places = R - len(known_RM), M - known_RM.shape[1]
-        return (
-            torch.nn.functional.pad(log_p_RMV, (0, 0, 0, more_places, 0, more_rows)),
-            torch.nn.functional.pad(known_RM, (0, more_places, 0, more_rows)),
+            token_RW=found.token_RW,
+            confidence_RW=found.confidence_RW.masked_fill(~open_RW, -torch.inf),
+            entropy_RW=found.entropy_RW,
+            change_RW=change_RW,
+            verified_RW=None if found.given_RW is None else found.given_RW * committed_RW,
         )
 
-    def _write(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, changed_RW: Tensor, token_RW: Tensor) -> None:
-        """Commits into the canvases; a place beyond the row's own block writes nothing."""
+    def _write(self, rows: Rows, view: View, changed_RW: Tensor, token_RW: Tensor) -> None:
+        """Commits into the canvases; a place that is none of the row's writes nothing."""
         back_RW = changed_RW & (token_RW == self.tokens.mask)
-        target_RW = torch.where(valid_RW, place_RW, rows.ids_RL.shape[1])
-        token_RW = torch.where(changed_RW, token_RW, rows.ids_RL.gather(1, place_RW))
-        open_RW = (rows.open_RL.gather(1, place_RW) & ~changed_RW) | back_RW
+        target_RW = torch.where(view.own_RW, view.place_RW, rows.ids_RL.shape[1])
+        token_RW = torch.where(changed_RW, token_RW, rows.ids_RL.gather(1, view.place_RW))
+        open_RW = (rows.open_RL.gather(1, view.place_RW) & ~changed_RW) | back_RW
         rows.ids_RL = _scattered(rows.ids_RL, target_RW, token_RW)
         rows.open_RL = _scattered(rows.open_RL, target_RW, open_RW)
         rows.changed_RL = _scattered(torch.zeros_like(rows.open_RL), target_RW, changed_RW)
 
-    def _advance(self, rows: Rows, place_RW: Tensor, valid_RW: Tensor, last_R: Tensor | None) -> None:
-        """Steps are counted; rows whose block is complete go on to the next, or are done."""
-        active_R = ~rows.done_R
-        complete_R = ~(valid_RW & rows.open_RL.gather(1, place_RW)).any(1)
+    def _advance(self, rows: Rows, view: View, active_R: Tensor, acting_R: Tensor, last_R: Tensor | None) -> Tensor:
+        """Steps are counted; rows whose block is complete go on to the next, or are done.
+
+        Returns:
+            bool [R]: those that go on.
+        """
+        complete_R = ~(view.block_RW & rows.open_RL.gather(1, view.place_RW)).any(1)
         if last_R is not None:  # also with a place left open, where the mask itself was proposed
             complete_R = complete_R | last_R
-        next_R = active_R & complete_R
+        next_R = acting_R & complete_R
         rows.step_R = rows.step_R + active_R
-        rows.block_step_R = torch.where(next_R, 0, rows.block_step_R + active_R)
+        rows.block_step_R = torch.where(next_R, 0, rows.block_step_R + acting_R)
         rows.block_R = rows.block_R + next_R
         rows.start_R = torch.where(next_R, rows.end_R, rows.start_R)
         rows.end_R = torch.where(next_R, torch.minimum(rows.end_R + rows.width_R, rows.places_R), rows.end_R)
         if self.config.early_stop and len(self._ends):
-            place = torch.arange(rows.place_RM.shape[1], device=self.device)
-            open_RM = rows.open_RL.gather(1, rows.place_RM) & (place < rows.places_R[:, None])
-            final_RM = ~open_RM & (place < rows.places_R[:, None])
-            if self.policy.revocable:
-                final_RM = final_RM & (place < rows.start_R[:, None])
-            ends_RM = final_RM & torch.isin(rows.ids_RL.gather(1, rows.place_RM), self._ends)
-            unsure_RM = ~final_RM & (place < rows.places_R[:, None])
-            far = rows.place_RM.shape[1]
-            first_end_R = torch.where(ends_RM, place, far).amin(1)
-            first_unsure_R = torch.where(unsure_RM, place, far).amin(1)
-            rows.over_R = rows.over_R | (first_end_R < first_unsure_R) & (first_end_R < far)
+            rows.over_R = rows.over_R | answered(rows, self._ends, self.policy.revocable)
+        return next_R
+
+    def _lengthen(self, after_R: Tensor, count_R: Tensor, event: StepEvent | None) -> StepEvent | None:
+        """Rows get more masks; the host waits for the device to know how many."""
+        rows, counts = self.rows, count_R.tolist()
+        assert rows is not None
+        if not any(counts):
+            return event
+        if event is not None:
+            row_G = count_R.nonzero()[:, 0]
+            position_G = rows.place_RM[row_G, after_R[row_G]]
+            grown = (value.cpu() for value in (row_G, position_G, count_R[row_G]))
+            event = StepEvent(*event[:5], *grown)
+        self.requests = [request.grown(count) for request, count in zip(self.requests, counts, strict=True)]
+        self._sizes = list(map(size_of, self.requests))
+        length, places = (max(column) for column in list(zip(*self._sizes, strict=True))[:2])
+        self._before.insert(after_R, count_R, rows.place_RM.shape, places)
+        self.rows = rows = rows.lengthened(after_R, count_R, length, places)
+        first_end_R = torch.minimum(rows.start_R + rows.width_R, rows.places_R)
+        rows.end_R = torch.where(rows.growing_R, first_end_R, rows.end_R)
+        return event
 
     def _event(self, place_RW: Tensor, changed_RW: Tensor, token_RW: Tensor, probability_RW: Tensor) -> StepEvent:
         row_M, w_M = changed_RW.nonzero(as_tuple=True)

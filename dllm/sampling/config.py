@@ -268,6 +268,11 @@ class SamplingConfig:
                 f"initial_length={self.length_options['initial_length']} exceeds gen_length={self.gen_length}, which is the "
                 f"longest that length_policy='daedal' lets an answer grow: lower the one or raise the other."
             )
+        if self.length_policy == "daedal" and self.suppress_eos:
+            raise OptionError(
+                "suppress_eos=True does not belong to length_policy='daedal', which asks how sure the model is of "
+                "end-of-text: leave out one of the two."
+            )
         if self.policy == "hierarchical":
             low, high = self.policy_options["low_threshold"], self.policy_options["threshold"]
             if low > high:

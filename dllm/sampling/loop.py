@@ -75,7 +75,7 @@ def denoise(
         names: list[Any] = list(batch.names)
         event = batch.step()
         if event is not None:
-            event = event._replace(step=count, row=torch.tensor(names, dtype=torch.int64)[event.row])
+            event = event.with_rows(torch.tensor(names, dtype=torch.int64))._replace(step=count)
             if log is not None:
                 log.events.append(event)
             if on_step is not None:

@@ -16,22 +16,23 @@ from dllm.sampling.network import Pass, Reuse
 from dllm.sampling.rows import Rows
 
 
-class Blocks(NamedTuple):
-    """The places of the rows' current blocks, in reading order."""
+class Shadows(NamedTuple):
+    """Masks behind each row, one for each place of its block."""
 
     place_RW: Tensor
-    """int64: positions in the canvas."""
-    valid_RW: Tensor
-    """bool: which of them are the row's own, and not padding."""
-    open_RW: Tensor
-    """bool: still masked."""
+    """int64: the positions of the places."""
+    needed_RW: Tensor
+    """bool: those whose place holds a token."""
+    shadow_N: Tensor
+    """int64: which of them is read for each of the N places that are asked for; -1 for the row itself."""
 
 
 def pack(
     rows: Rows,
-    blocks: Blocks,
-    asked: tuple[Tensor, Tensor],
+    row_N: Tensor,
+    position_N: Tensor,
     lengths_P: list[int],
+    compute_RL: Tensor | None,
     *,
     branches: int,
     mask: int,
@@ -42,9 +43,10 @@ def pack(
 
     Args:
         rows: their state.
-        blocks: their current blocks.
-        asked: (row, place of its block) of the N positions whose states are read, int64 each.
+        row_N: int64, the rows of the positions whose states are read.
+        position_N: int64, these positions.
         lengths_P: positions of each row of the pass.
+        compute_RL: bool, what the cache computes; None without one.
         branches: 2 with guidance, else 1.
         mask: the mask token.
         reuse: the cache, or None.
@@ -52,8 +54,6 @@ def pack(
     """
     R, L = rows.ids_RL.shape
     ids_PL = _branches(rows, branches, mask)
-    row_N, w_N = asked
-    position_N = blocks.place_RW[row_N, w_N]
     wanted_BN = [row_N * branches + branch for branch in range(branches)]
     if reuse is None and (min(lengths_P) == L or not waits):
         position_T = torch.arange(L, device=ids_PL.device).repeat(R * branches)
@@ -61,8 +61,7 @@ def pack(
         visible = None if min(lengths_P) == L else rows.real_RL.repeat_interleave(branches, 0)[:, None, None]
         tokens_P = [L] * R * branches
         return Pass(ids_PL.flatten(), position_T, wanted_M, RaggedRows(tokens_P, ids_PL.device, visible), tokens_P)
-    compute_RL = rows.real_RL if reuse is None else reuse.compute(rows, blocks.place_RW, blocks.valid_RW)
-    compute_PL = compute_RL.repeat_interleave(branches, 0)
+    compute_PL = (rows.real_RL if compute_RL is None else compute_RL).repeat_interleave(branches, 0)
     row_T, position_T = compute_PL.nonzero(as_tuple=True)
     order_PL = (compute_PL.flatten().cumsum(0) - 1).view(R * branches, L)
     wanted_M = torch.cat([order_PL[p_N, position_N] for p_N in wanted_BN])
@@ -76,17 +75,26 @@ def pack(
 
 
 def pack_with_shadow(
-    rows: Rows, blocks: Blocks, row_N: Tensor, w_N: Tensor, *, branches: int, mask: int, reuse: Reuse | None
+    rows: Rows,
+    row_N: Tensor,
+    position_N: Tensor,
+    shadows: Shadows,
+    compute_RL: Tensor | None,
+    *,
+    branches: int,
+    mask: int,
+    reuse: Reuse | None,
 ) -> Pass:
     """Every row, and after it a mask for each place of its block: a shadow that sees all but the token in its place.
 
-    The row does not see its shadow. Committed places are read from the shadow, open ones from the row.
+    The row does not see its shadow. Committed places of the block are read from the shadow, all others from the row.
 
     Args:
         rows: see `pack`.
-        blocks: see `pack`.
         row_N: see `pack`.
-        w_N: see `pack`.
+        position_N: see `pack`.
+        shadows: the masks.
+        compute_RL: see `pack`.
         branches: see `pack`.
         mask: see `pack`.
         reuse: see `pack`.
@@ -94,23 +102,22 @@ def pack_with_shadow(
     Source: WINO, arXiv:2507.18578.
     """
     ids_PL = _branches(rows, branches, mask)
-    (P, L), W, device = ids_PL.shape, blocks.place_RW.shape[1], ids_PL.device
-    shadow_PW = blocks.place_RW.repeat_interleave(branches, 0)
+    (P, L), W, device = ids_PL.shape, shadows.place_RW.shape[1], ids_PL.device
+    shadow_PW = shadows.place_RW.repeat_interleave(branches, 0)
     ids_PQ = torch.cat([ids_PL, torch.full_like(shadow_PW, mask)], 1)
     position_PQ = torch.cat([torch.arange(L, device=device).expand(P, L), shadow_PW], 1)
     visible_PQQ = torch.zeros(P, L + W, L + W, dtype=torch.bool, device=device)
     visible_PQQ[:, :, :L] = rows.real_RL.repeat_interleave(branches, 0)[:, None]
     visible_PQQ[:, L:, :L] &= torch.arange(L, device=device) != shadow_PW[:, :, None]
     visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=device)
-    at_N = torch.where(blocks.open_RW[row_N, w_N], blocks.place_RW[row_N, w_N], L + w_N)
-    if reuse is None:
+    at_N = torch.where(shadows.shadow_N < 0, position_N, L + shadows.shadow_N)
+    if reuse is None or compute_RL is None:
         wanted_M = torch.cat([(row_N * branches + branch) * (L + W) + at_N for branch in range(branches)])
         tokens_P = [L + W] * P
         shadowed = RaggedRows(tokens_P, device, visible_PQQ[:, None])
         return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, shadowed, tokens_P)
     # the shadow's keys and values lie behind the row's; only committed places need one
-    compute_RL = reuse.compute(rows, blocks.place_RW, blocks.valid_RW)
-    compute_PQ = torch.cat([compute_RL, blocks.valid_RW & ~blocks.open_RW], 1).repeat_interleave(branches, 0)
+    compute_PQ = torch.cat([compute_RL, shadows.needed_RW], 1).repeat_interleave(branches, 0)
     row_T, place_T = compute_PQ.nonzero(as_tuple=True)
     order_PQ = (compute_PQ.flatten().cumsum(0) - 1).view(P, L + W)
     wanted_M = torch.cat([order_PQ[row_N * branches + branch, at_N] for branch in range(branches)])

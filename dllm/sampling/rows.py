@@ -148,7 +148,6 @@ class Rows:
         """These rows and then those, on one device."""
         return Rows(**{name: torch.cat(_padded(value, getattr(other, name))) for name, value in vars(self).items()})
 
-
     def lengthened(self, after_R: Tensor, count_R: Tensor, length: int, places: int) -> Rows:
         """Rows with more masks: behind one of its places each gets as many copies of it, and what follows moves.
 
@@ -219,6 +218,12 @@ def size_of(request: Request) -> Size:
     if request.config.block_policy == "adablock":
         window = math.floor(request.config.block_options["delimiter_window"] * most)
     return Size(len(request.canvas), places, min(most, request.config.block_length or most), window)
+
+
+def most_in_block(request: Request) -> int:
+    """Places that a block of the request may have in the end."""
+    size = size_of(request)
+    return request.most_places if request.config.length_policy == "daedal" else max(size.width, size.window)
 
 
 def rows_of(requests: Sequence[Request], mask_token_id: int) -> Rows:
@@ -310,6 +315,26 @@ def scheduled(rows: Rows) -> tuple[Tensor, Tensor]:
     share_R = torch.where(rows.steps_R < 0, places_R, torch.minimum(share_R, places_R)).clamp(min=1)
     count_R = places_R // share_R + (rows.block_step_R < places_R % share_R).long()
     return count_R, rows.block_step_R + 1 >= share_R
+
+
+def answered(rows: Rows, ends: Tensor, revocable: bool) -> Tensor:
+    """bool [R]: everything up to a row's first end token is final, and there is one.
+
+    Args:
+        rows: their state.
+        ends: int64, the end tokens.
+        revocable: whether tokens of the current block may still become masks.
+    """
+    place_M = torch.arange(rows.place_RM.shape[1], device=rows.place_RM.device)
+    own_RM = place_M < rows.places_R[:, None]
+    final_RM = own_RM & ~rows.open_RL.gather(1, rows.place_RM)
+    if revocable:
+        final_RM = final_RM & (place_M < rows.start_R[:, None])
+    ends_RM = final_RM & torch.isin(rows.ids_RL.gather(1, rows.place_RM), ends)
+    far = rows.place_RM.shape[1]
+    first_end_R = torch.where(ends_RM, place_M, far).amin(1)
+    first_unsure_R = torch.where(own_RM & ~final_RM, place_M, far).amin(1)
+    return (first_end_R < first_unsure_R) & (first_end_R < far)
 
 
 def _stacked(values: Sequence[Tensor], fill: int | bool) -> Tensor:

@@ -119,7 +119,9 @@ class Trace:
         for trace in traces:
             offset = len(whole.start)
             whole.start += trace.start
-            whole.events += [event._replace(row=event.row + offset, grown_row=event.grown_row + offset) for event in trace.events]
+            whole.events += [
+                event._replace(row=event.row + offset, grown_row=event.grown_row + offset) for event in trace.events
+            ]
         return whole
 
 

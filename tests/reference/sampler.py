@@ -1,6 +1,7 @@
 """LLaDA's sampler, line by line: one row, one step, one position, one token at a time.
 
-With other policies than the published one, whose rules are in `reference.policies`, and with the caches of `reference.caches`.
+With other policies than the published one, whose rules are in `reference.policies`, with the caches of `reference.caches`,
+and with the rules of lengths of `reference.lengths`, which are asked when all that they look at is computed.
 
 Source: LLaDA, arXiv:2502.09992, Algorithms 4 and 5, and the published generate.py, with masks wherever they stand in place
 of a tail and noise that is keyed in place of torch's generator.
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from reference import noise, policies
+from reference import lengths, noise, policies
 from reference.caches import Kept, LogitsAt, positions
 
 from dllm.sampling.config import SamplingConfig
@@ -36,6 +37,7 @@ class Candidate(NamedTuple):
     token: int
     probability: float
     chances: list[float]
+    gap: float
 
     @property
     def sureness(self) -> float:
@@ -48,6 +50,8 @@ class Written(NamedTuple):
     steps: int
     commits: list[list[tuple[int, int, float]]]
     """(position, token, probability) of what each step wrote, from left to right."""
+    growth: list[tuple[int, int] | None]
+    """(position of a mask, masks put in behind it) after the commits of each step."""
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -103,6 +107,7 @@ def sample_row(
     masked: Sequence[bool] | None = None,
     request: int = 0,
     cached: CachedLogits | None = None,
+    delimiters: Sequence[int] = (),
 ) -> Written:
     """`cached` in place of `logits_of` is a network that is told what to compute and what is kept."""
     write_here = [token == mask_token_id for token in canvas] if masked is None else list(masked)
@@ -111,12 +116,11 @@ def sample_row(
     forgettable = [place for place in prompt if x[place] not in config.cfg_keep_tokens]
     masks = [place for place, write in enumerate(write_here) if write]
 
-    width = config.block_length or max(1, len(masks))
-    blocks = [masks[start : start + width] for start in range(0, len(masks), width)]
-    if config.steps is None:
-        block_steps = [len(block) for block in blocks]
-    else:
-        block_steps = shares(config.steps, len(blocks)) if blocks else []
+    adaptive, growing = config.block_policy == "adablock", config.length_policy == "daedal"
+    most = config.gen_length if growing else len(masks)
+    width = config.block_length or max(1, most)
+    window = math.floor(config.block_options["delimiter_window"] * most) if adaptive else 0
+    shares_of_blocks = shares(config.steps, -(-len(masks) // width)) if config.steps is not None and masks else []
     never = list(eos_token_ids) if config.suppress_eos else []
     if config.policy != "fixed":
         never.append(mask_token_id)
@@ -126,8 +130,21 @@ def sample_row(
     commits: list[list[tuple[int, int, float]]] = []
     just_changed: set[int] = set()
     kept: tuple[Kept, Kept] = ({}, {})
+    moved = False
+    growth: list[tuple[int, int] | None] = []
 
-    def logits_and_shadows(block: list[int], block_step: int) -> tuple[LogitsAt, LogitsAt]:
+    def computed_now(block: list[int], block_step: int) -> list[int]:
+        return positions(
+            config.cache,
+            length=len(x),
+            block=block,
+            open_places=open_places,
+            just_committed=just_changed,
+            block_step=0 if moved else block_step,
+            **{name: value for name, value in config.cache_options.items() if value is not None},
+        )
+
+    def logits_and_shadows(block: list[int], computed: list[int]) -> tuple[LogitsAt, LogitsAt]:
         nonlocal forwards
         branches = [list(x)]
         if config.cfg_scale > 0:
@@ -139,22 +156,13 @@ def sample_row(
                 assert logits_of is not None
                 looks.append((dict(enumerate(logits_of(ids))), {}))
                 continue
-            computed = positions(
-                config.cache,
-                length=len(x),
-                block=block,
-                open_places=open_places,
-                just_committed=just_changed,
-                block_step=block_step,
-                **{name: value for name, value in config.cache_options.items() if value is not None},
-            )
             shadows = [place for place in block if place not in open_places] if config.policy == "wino" else []
             looks.append(cached(ids, computed, keys_and_values, shadows))
         if len(looks) == 1:
             return looks[0]
         both = []
         for conditional, unconditional in zip(*looks, strict=True):
-            places = [place for place in conditional if place in block]
+            places = list(conditional)
             pairs = {place: zip(conditional[place], unconditional[place], strict=True) for place in places}
             both.append({place: [guided(c, u, config.cfg_scale) for c, u in pairs[place]] for place in places})
         return both[0], both[1]
@@ -162,51 +170,114 @@ def sample_row(
     def without(row: Sequence[float]) -> list[float]:
         return [-math.inf if token in never else value for token, value in enumerate(row)]
 
-    for block, steps in zip(blocks, block_steps, strict=True):
-        counts = [count for count in shares(len(block), steps) if count]
-        memory = [0.0] * len(block)
+    def candidate_at(place: int, logits: LogitsAt) -> Candidate:
+        row = without(logits[place])
+        noised = row
+        if config.temperature > 0:
+            noised = [
+                value / config.temperature + noise.gumbel(config.seed, TOKEN, request, place, step, token)
+                for token, value in enumerate(row)
+            ]
+        token = noised.index(max(noised))
+        chances = softmax(row)
+        probability = chances[token]
+        confidence = probability
+        if config.remasking == "random":
+            confidence = noise.uniform(config.seed, RANK, request, place, step)
+        elif config.remasking == "margin":
+            second, best = sorted(chances)[-2:]
+            confidence = best - second
+        elif config.remasking == "entropy":
+            confidence = -entropy(chances)
+        last = config.eos_last and token in end_token_ids
+        second_logit, best_logit = sorted(row)[-2:]
+        return Candidate(last, -confidence, place, token, probability, chances, best_logit - second_logit)
+
+    def lengthen(after: int, count: int) -> None:
+        """Puts masks in behind one that is there."""
+        nonlocal x, masks, open_places, before, moved
+
+        def new(place: int) -> int:
+            return place + count if place > after else place
+
+        x = x[: after + 1] + [mask_token_id] * count + x[after + 1 :]
+        added = list(range(after + 1, after + 1 + count))
+        masks = sorted([new(place) for place in masks] + added)
+        open_places = {new(place) for place in open_places} | set(added)
+        before = {new(place): chances for place, chances in before.items()}
+        moved = True
+
+    def over(final: int) -> bool:
+        """Whether all up to the first end token is final; of a policy that takes back, only the first places are."""
+        for number, place in enumerate(masks):
+            if place in open_places or (config.policy in ("wino", "remdm") and number >= final):
+                return False
+            if x[place] in end_token_ids:
+                return True
+        return False
+
+    start, block_number, answered = 0, 0, False
+    while start < len(masks) and not answered:
+        end = min(start + width, len(masks))
+        memory = [0.0] * (end - start)
         before: dict[int, list[float]] = {}
         block_step = 0
-        while block_step < len(counts) if config.policy == "fixed" else open_places & set(block):
-            logits, shadow_logits = logits_and_shadows(block, block_step)
-            candidates = {}
-            for place in block:
-                if place not in open_places:
+        while True:
+            block = masks[start:end]
+            options = config.length_options
+            tail = masks[-int(options["eos_window"]) :] if options else []
+            computed = computed_now(block, block_step)
+            moved = False
+            logits, shadow_logits = logits_and_shadows(block, computed)
+            candidates = {place: candidate_at(place, logits) for place in open_places if place in logits}
+            tail_seen = all(place in logits for place in tail if place in open_places)
+            ended = []
+            if tail_seen:
+                for place in tail:
+                    if place in open_places:
+                        ended.append(sum(candidates[place].chances[token] for token in eos_token_ids))
+                    else:
+                        ended.append(1.0 if x[place] in eos_token_ids else 0.0)
+            if growing:
+                factor = int(options["expansion_factor"])
+                room = most - len(masks)
+                more = lengths.growth(ended, room, eos_threshold=options["eos_threshold"], expansion_factor=factor)
+                if more:
+                    growth.append((masks[-1], more))
+                    commits.append([])
+                    step += 1
+                    lengthen(masks[-1], more)
+                    end = min(start + width, len(masks))
+                    memory = [0.0] * (end - start)
                     continue
-                row = without(logits[place])
-                noised = row
-                if config.temperature > 0:
-                    noised = [
-                        value / config.temperature + noise.gumbel(config.seed, TOKEN, request, place, step, token)
-                        for token, value in enumerate(row)
-                    ]
-                token = noised.index(max(noised))
-                chances = softmax(row)
-                probability = chances[token]
-                confidence = probability
-                if config.remasking == "random":
-                    confidence = noise.uniform(config.seed, RANK, request, place, step)
-                elif config.remasking == "margin":
-                    second, best = sorted(chances)[-2:]
-                    confidence = best - second
-                elif config.remasking == "entropy":
-                    confidence = -entropy(chances)
-                last = config.eos_last and token in end_token_ids
-                candidates[place] = Candidate(last, -confidence, place, token, probability, chances)
+                growing = False
+            if adaptive and block_step == 0:
+                ahead = [candidates[place] for place in masks[start : start + max(window, width)]]
+                length = lengths.block_length(
+                    [candidate.token for candidate in ahead],
+                    [policies.single(candidate.probability) for candidate in ahead],
+                    window,
+                    config.delimiters or delimiters,
+                    delimiter_threshold=config.block_options["delimiter_threshold"],
+                    block_length=width,
+                )
+                end = start + length
+                block, memory = masks[start:end], memory[:length] + [0.0] * (length - len(memory))
+            steps = shares_of_blocks[block_number] if shares_of_blocks else len(block)
+            counts = [count for count in shares(len(block), steps) if count]
 
+            here = {place: candidate for place, candidate in candidates.items() if place in block}
             remask: list[int] = []
             if config.policy == "fixed":
-                chosen = [candidate.place for candidate in sorted(candidates.values())[: counts[block_step]]]
+                chosen = [candidate.place for candidate in sorted(here.values())[: counts[block_step]]]
             else:
                 facts = policies.Row(
-                    open=[place in candidates for place in block],
-                    confidence=[candidates[p].sureness if p in candidates else -math.inf for p in block],
-                    entropy=[entropy(candidates[p].chances) if p in candidates else 0.0 for p in block],
-                    change=[
-                        divergence(candidates[p].chances, before.get(p)) if p in candidates else 0.0 for p in block
-                    ],
+                    open=[place in here for place in block],
+                    confidence=[here[p].sureness if p in here else -math.inf for p in block],
+                    entropy=[entropy(here[p].chances) if p in here else 0.0 for p in block],
+                    change=[divergence(here[p].chances, before.get(p)) if p in here else 0.0 for p in block],
                     verified=[softmax(without(shadow_logits[p]))[x[p]] if p in shadow_logits else 0.0 for p in block],
-                    committed=[place not in candidates for place in block],
+                    committed=[place not in here for place in block],
                     position=block,
                     memory=memory,
                     count=counts[block_step] if block_step < len(counts) else len(block) // len(counts),
@@ -214,7 +285,15 @@ def sample_row(
                 outcome = policies.RULES[config.policy](facts, **config.policy_options)
                 chosen, memory = [block[i] for i in outcome.commit], outcome.memory
                 remask = [block[i] for i in outcome.remask]
-            before |= {place: candidate.chances for place, candidate in candidates.items()}
+            before |= {place: candidate.chances for place, candidate in here.items()}
+            if config.early_answer == "prophet":
+                rest = sorted(place for place in masks[start:] if place in open_places)
+                if all(place in logits for place in rest):
+                    progress = policies.single(sum(place not in open_places for place in masks) / len(masks))
+                    gaps = [candidates[place].gap for place in rest]
+                    answered = lengths.answer_known(gaps, progress, **config.early_answer_options)
+                    if answered:
+                        chosen, remask = rest, []
 
             written = []
             just_changed = set(remask)
@@ -228,14 +307,32 @@ def sample_row(
                 x[place] = mask_token_id
                 open_places.add(place)
             commits.append(sorted(written))
+            growth.append(None)
             step += 1
             block_step += 1
-            finished = (
-                masks[: masks.index(block[0])] if open_places & set(block) else masks[: masks.index(block[-1]) + 1]
-            )
-            certain = set(finished) if config.policy in ("wino", "remdm") else set(masks)
-            if config.early_stop and ended(x, masks, certain - open_places, end_token_ids):
-                for place in open_places:
-                    x[place] = [*eos_token_ids, *end_token_ids][0]
-                return Written(x, forwards, step, commits)
-    return Written(x, forwards, step, commits)
+            complete = not open_places & set(block) or (config.policy == "fixed" and block_step >= len(counts))
+            if config.early_stop and over(end if complete else start):
+                x = [
+                    [*eos_token_ids, *end_token_ids][0] if place in open_places else token
+                    for place, token in enumerate(x)
+                ]
+                answered = True
+            if complete or answered:
+                break
+            if options and tail_seen:
+                after, more = lengths.expansion(
+                    {place: policies.single(here[place].probability) for place in here if place in open_places},
+                    ended,
+                    most - len(masks),
+                    expand_threshold=options["expand_threshold"],
+                    expand_eos_threshold=options["expand_eos_threshold"],
+                    expansion_factor=int(options["expansion_factor"]),
+                )
+                if after is not None and more:
+                    growth[-1] = (after, more)
+                    place = block.index(after) + 1
+                    memory = memory[:place] + [0.0] * more + memory[place:]
+                    lengthen(after, more)
+                    end += more
+        start, block_number = end, block_number + 1
+    return Written(x, forwards, step, commits, growth)

@@ -23,6 +23,7 @@ from dllm.pipelines.llada.generate import (
     Prompt,
     SamplingResult,
     answer_text,
+    filled,
     generation_config,
     generation_request,
     infilling_config,
@@ -32,6 +33,7 @@ from dllm.pipelines.llada.generate import (
 )
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.rows import Request
+from dllm.sampling.trace import StepEvent
 
 ACTIVATIONS = 24
 """Values of the model's width that a position of a pass holds at once, about: queries, keys, values, both halves of the
@@ -175,7 +177,12 @@ class Engine:
                 streamer.put(canvas[:final][None])
             yield ""
             for event in ticket:
-                canvas[event.position] = event.token
+                if isinstance(event, StepEvent):
+                    canvas = event.applied(canvas)
+                else:
+                    missing = int(event.position[-1]) + 1 - len(canvas)  # an answer may grow
+                    canvas = torch.cat([canvas, request.canvas[-1:].expand(max(0, missing))])
+                    canvas[event.position] = event.token
                 if isinstance(event, CommittedBlock):
                     start, final = final, int(event.position[-1]) + 1
                     block = canvas[start:final]
@@ -231,7 +238,7 @@ class Engine:
             texts=texts,
             nfe=self.scheduler.nfe - before,
             steps=[answer.steps for answer in answers],
-            new_tokens=[config.gen_length] * len(answers),
+            new_tokens=[filled(request, answer.canvas) for request, answer in zip(asked, answers, strict=True)],
             exact=chosen(config).exact,
         )
 

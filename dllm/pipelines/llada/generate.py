@@ -117,7 +117,8 @@ def infilling(
         The filled canvases and their whole texts.
 
     Raises:
-        OptionError: an unknown option, a value out of range, `gen_length`, or an input longer than the model's context.
+        OptionError: an unknown option, a value out of range, `gen_length` or a rule of an answer's length, or an input longer
+            than the model's context.
         NonFiniteError: the model gave logits that are no numbers.
     """
     config = infilling_config(**options)
@@ -139,7 +140,8 @@ def generation_request(
     number: int = 0,
     what: str = "the prompt",
 ) -> Request:
-    """A canvas whose tail of `gen_length` tokens is to be written, checked against the model.
+    """A canvas whose tail of `gen_length` tokens (with length policy daedal so many at most) is to be written, checked
+    against the model.
 
     Args:
         model: a LLaDA model.
@@ -158,7 +160,9 @@ def generation_request(
         raise OptionError(f"{what} is empty: give it some text, or one token such as the beginning-of-text token.")
     _check_ids(model, ids, what)
     _check_room(model, len(ids) + config.gen_length, f"{what} ({len(ids)} tokens) and gen_length={config.gen_length}")
-    canvas = torch.cat([ids, torch.full((config.gen_length,), mask_token_id)])
+    _check_tokens(model, tokenizer, config)
+    length = int(config.length_options.get("initial_length", config.gen_length))
+    canvas = torch.cat([ids, torch.full((length,), mask_token_id)])
     # by place, not by token: a prompt may hold the mask token as a token
     return Request(canvas, torch.arange(len(canvas)) >= len(ids), config, number)
 
@@ -177,6 +181,7 @@ def infilling_request(
         OptionError: see `infilling`.
     """
     canvas = encode_prompt(tokenizer, item)
+    _check_tokens(model, tokenizer, config)
     _check_ids(model, canvas, what)
     _check_room(model, len(canvas), f"{what} ({len(canvas)} tokens)")
     return Request(canvas, canvas == _mask_token_id(model, tokenizer), config, number)
@@ -196,12 +201,19 @@ def infilling_config(**options: Any) -> SamplingConfig:
     """The settings of `infilling`, checked without a model.
 
     Raises:
-        OptionError: an unknown option, a value out of range, `gen_length` or `early_stop`.
+        OptionError: an unknown option, a value out of range, `gen_length`, `early_stop`, or a rule of an answer's length.
     """
     for name in options:
         if ALIASES.get(name, name) in ("gen_length", "early_stop"):
             raise OptionError(f"infilling takes no {name}: it writes where the masks of its inputs stand, all of them.")
-    return SamplingConfig.from_options(**options, early_stop=False)
+    config = SamplingConfig.from_options(**options, early_stop=False)
+    for name, off in (("length_policy", "fixed"), ("early_answer", "none")):
+        if getattr(config, name) != off:
+            raise OptionError(
+                f"infilling takes no {name}={getattr(config, name)!r}: it writes where the masks of its inputs stand, all of "
+                f"them, and there is no answer whose end could be known. Leave out {name}."
+            )
+    return config
 
 
 infill = infilling
@@ -280,9 +292,14 @@ def _run(
         )
     finally:
         model.train(was_training)
-    new_tokens = [int(request.masked.sum()) for request in asked]
+    new_tokens = [filled(request, canvas) for request, canvas in zip(asked, done.canvases, strict=True)]
     exact = reuse is None or reuse.exact
     return SamplingResult(done.canvases, [], done.nfe, done.steps, new_tokens, done.trace, exact)
+
+
+def filled(request: Request, canvas: Tensor) -> int:
+    """Masks that were filled: those of the request, and by how much its canvas became longer."""
+    return int(request.masked.sum()) + len(canvas) - len(request.canvas)
 
 
 def network_of(model: PreTrainedModel) -> Network:
@@ -308,7 +325,8 @@ def special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         CheckpointError: model and tokenizer do not agree which token is the mask, or have none.
     """
     ends = _end_token_ids(model, tokenizer)
-    return SpecialTokens(_mask_token_id(model, tokenizer), tuple(_eos_token_ids(model)), tuple(ends))
+    eos, delimiters = tuple(_eos_token_ids(model)), _delimiters(tokenizer)
+    return SpecialTokens(_mask_token_id(model, tokenizer), eos, tuple(ends), delimiters)
 
 
 def _mask_token_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> int:
@@ -331,6 +349,28 @@ def _end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     """End of text and end of turn."""
     eot = getattr(tokenizer, "eot_token_id", None)
     return _eos_token_ids(model) + ([eot] if eot is not None else [])
+
+
+def _delimiters(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
+    """The line break, where it is one token."""
+    if tokenizer is None:
+        return ()
+    ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return tuple(ids) if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else ()
+
+
+def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: SamplingConfig) -> None:
+    """Refuses a rule of lengths that would wait for a token that there is not."""
+    if config.block_policy == "adablock" and not (config.delimiters or _delimiters(tokenizer)):
+        raise OptionError(
+            "block_policy='adablock' ends blocks at a line break, and no tokenizer says which token that is: give delimiters, "
+            "the ids of the tokens that may end a block."
+        )
+    if config.length_policy == "daedal" and not _eos_token_ids(model):
+        raise OptionError(
+            "length_policy='daedal' waits for the model to be sure of end-of-text, and its configuration has no eos_token_id: "
+            "leave length_policy out."
+        )
 
 
 def _check_ids(model: PreTrainedModel, ids: Tensor, what: str) -> None:
