@@ -24,10 +24,10 @@ import torch
 
 from dllm.engine.tickets import Cancelled, Ticket
 from dllm.errors import NonFiniteError, OptionError
-from dllm.sampling.batch import Batch, Finished, Progress
+from dllm.sampling.batch import Batch
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.network import Network, Reuse
-from dllm.sampling.rows import Request, SpecialTokens, check_steps
+from dllm.sampling.rows import Finished, Progress, Request, SpecialTokens, check_steps
 
 
 class _Room(NamedTuple):
@@ -121,7 +121,7 @@ class Scheduler:
             if bool(request.masked.any()):
                 self._waiting.append(ticket)
             else:
-                ticket.finish(request.canvas.clone(), 0)
+                ticket.finish(request.canvas.clone(), 0, 0)
             self._lock.notify_all()
         return ticket
 
@@ -345,7 +345,7 @@ class Scheduler:
             )
             ticket.fail(NonFiniteError(message))
         else:
-            ticket.finish(finished.canvas, finished.steps)
+            ticket.finish(finished.canvas, finished.steps, finished.written)
 
 
 def _tickets(batch: Batch) -> list[Ticket]:

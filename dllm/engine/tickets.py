@@ -31,6 +31,8 @@ class Answer(NamedTuple):
     canvas: Tensor
     """int64 [length], filled."""
     steps: int
+    written: int
+    """Masks that were filled; less than it had where an early stop left some open."""
     seconds: float
     """From its submission."""
 
@@ -109,13 +111,13 @@ class Ticket:
 
     # --- for the scheduler, which holds its lock
 
-    def finish(self, canvas: Tensor, steps: int) -> None:
+    def finish(self, canvas: Tensor, steps: int, written: int) -> None:
         """It is answered; what an early stop left is its last block."""
         request = self.request.grown(len(canvas) - len(self.request.canvas))
         position = request.masked.nonzero()[self._written :, 0]
         if len(position):
             self._events.append(CommittedBlock(position, canvas[position]))
-        self._answer = Answer(canvas, steps, time.monotonic() - self._began)
+        self._answer = Answer(canvas, steps, written, time.monotonic() - self._began)
 
     def fail(self, error: Exception) -> None:
         """It has come to nothing."""

@@ -28,7 +28,7 @@ from dllm.sampling.network import Network, Reuse
 from dllm.sampling.packing import Shadows, pack, pack_with_shadow
 from dllm.sampling.policies import POLICIES
 from dllm.sampling.proposals import Keys, Question, propose
-from dllm.sampling.rows import (
+from dllm.sampling.rows import Finished, Progress
     Request,
     Rows,
     Size,
@@ -43,26 +43,6 @@ from dllm.sampling.rows import (
 from dllm.sampling.statistics import Statistics
 from dllm.sampling.trace import StepEvent
 from dllm.sampling.view import View, look
-
-
-class Finished(NamedTuple):
-    """A row that has left its batch."""
-
-    name: Hashable
-    canvas: Tensor
-    """int64 [length], on the CPU."""
-    steps: int
-    failed: bool
-    """The model gave something that is no number; the canvas is what it was before."""
-
-
-class Progress(NamedTuple):
-    """How far a row is."""
-
-    name: Hashable
-    start: int
-    """Places of the blocks that are complete."""
-    done: bool
 
 
 LAG = 2
@@ -195,10 +175,18 @@ class Batch:
         ids_RL, open_RL = rows.ids_RL[index], rows.open_RL[index]
         for end in (*self.tokens.eos, *self.tokens.ends)[:1]:  # what an early stop left open
             ids_RL = torch.where(open_RL & rows.over_R[index, None], end, ids_RL)
-        canvases, steps, failed = ids_RL.cpu(), rows.step_R[index].tolist(), rows.failed_R[index].tolist()
+        written_R = rows.places_R[index] - open_RL.sum(1)
+        told = zip(
+            leaving,
+            ids_RL.cpu(),
+            rows.step_R[index].tolist(),
+            written_R.tolist(),
+            rows.failed_R[index].tolist(),
+            strict=True,
+        )
         gone = [
-            Finished(self.names[row], canvases[i, : len(self.requests[row].canvas)].clone(), steps[i], failed[i])
-            for i, row in enumerate(leaving)
+            Finished(self.names[row], ids_L[: len(self.requests[row].canvas)].clone(), *counts)
+            for row, ids_L, *counts in told
         ]
         stay = compacted(len(rows), leaving)
         self.names = [self.names[row] for row in stay]

@@ -30,6 +30,8 @@ class Denoised(NamedTuple):
     """Forwards of the network; with guidance each step counts two."""
     steps: list[int]
     """Steps each row took."""
+    written: list[int]
+    """Masks that were filled in each row: less than it had where an early stop left some open."""
     trace: Trace | None
 
 
@@ -66,7 +68,7 @@ def denoise(
     asked = list(requests)
     results = [request.canvas.masked_fill(request.masked, tokens.mask) for request in asked]
     log = Trace([result.clone() for result in results]) if trace else None
-    steps = [0] * len(asked)
+    steps, written = [0] * len(asked), [0] * len(asked)
     batch = Batch(network, config, tokens, device, reuse=reuse, watch=trace or on_step is not None)
     busy = [row for row, request in enumerate(asked) if bool(request.masked.any())]
     batch.add([asked[row] for row in busy], busy)
@@ -88,5 +90,5 @@ def denoise(
                     f"be damaged, or too large for their dtype: load it with dtype='bfloat16' or 'float32'."
                 )
             assert isinstance(row.name, int)
-            results[row.name], steps[row.name] = row.canvas, row.steps
-    return Denoised(results, batch.nfe, steps, log)
+            results[row.name], steps[row.name], written[row.name] = row.canvas, row.steps, row.written
+    return Denoised(results, batch.nfe, steps, written, log)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,6 +61,28 @@ class Request(NamedTuple):
             return self
         canvas = torch.cat([self.canvas, self.canvas[-1:].expand(count)])
         return self._replace(canvas=canvas, masked=torch.cat([self.masked, self.masked.new_ones(count)]))
+
+
+class Finished(NamedTuple):
+    """A row that has left its batch."""
+
+    name: Hashable
+    canvas: Tensor
+    """int64 [length], on the CPU."""
+    steps: int
+    written: int
+    """Masks that were filled; less than it had where an early stop left some open."""
+    failed: bool
+    """The model gave something that is no number; the canvas is what it was before."""
+
+
+class Progress(NamedTuple):
+    """How far a row is."""
+
+    name: Hashable
+    start: int
+    """Places of the blocks that are complete."""
+    done: bool
 
 
 @dataclass

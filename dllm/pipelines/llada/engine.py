@@ -23,7 +23,6 @@ from dllm.pipelines.llada.generate import (
     Prompt,
     SamplingResult,
     answer_text,
-    filled,
     generation_config,
     generation_request,
     infilling_config,
@@ -238,7 +237,7 @@ class Engine:
             texts=texts,
             nfe=self.scheduler.nfe - before,
             steps=[answer.steps for answer in answers],
-            new_tokens=[filled(request, answer.canvas) for request, answer in zip(asked, answers, strict=True)],
+            new_tokens=[answer.written for answer in answers],
             exact=chosen(config).exact,
         )
 

@@ -36,7 +36,7 @@ class SamplingResult:
     steps: list[int]
     """Denoising steps of each row."""
     new_tokens: list[int]
-    """Masks that were filled in each row."""
+    """Masks that were filled in each row; those that an early stop left open do not count."""
     trace: Trace | None = None
     """Every step, if it was asked for."""
     exact: bool = True
@@ -292,14 +292,8 @@ def _run(
         )
     finally:
         model.train(was_training)
-    new_tokens = [filled(request, canvas) for request, canvas in zip(asked, done.canvases, strict=True)]
     exact = reuse is None or reuse.exact
-    return SamplingResult(done.canvases, [], done.nfe, done.steps, new_tokens, done.trace, exact)
-
-
-def filled(request: Request, canvas: Tensor) -> int:
-    """Masks that were filled: those of the request, and by how much its canvas became longer."""
-    return int(request.masked.sum()) + len(canvas) - len(request.canvas)
+    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, exact)
 
 
 def network_of(model: PreTrainedModel) -> Network:
