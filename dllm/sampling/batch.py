@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from dllm.sampling.network import Network, Reuse
 from dllm.sampling.packing import Shadows, pack, pack_with_shadow
 from dllm.sampling.policies import POLICIES
 from dllm.sampling.proposals import Keys, Question, propose
-from dllm.sampling.rows import Finished, Progress
+from dllm.sampling.rows import (
+    Finished,
+    Progress,
     Request,
     Rows,
     Size,
@@ -43,7 +45,6 @@ from dllm.sampling.rows import Finished, Progress
 from dllm.sampling.statistics import Statistics
 from dllm.sampling.trace import StepEvent
 from dllm.sampling.view import View, look
-
 
 LAG = 2
 """Steps after which the host reads which rows are done, where it must not wait for the device."""
