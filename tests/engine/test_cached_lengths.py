@@ -70,7 +70,7 @@ def slowly(prompt: list[int], config: SamplingConfig, number: int) -> Written:
 
 
 @pytest.mark.parametrize("kept", CACHE_OPTIONS)
-@settings(max_examples=8)
+@settings(max_examples=4)
 @given(st.data(), prompts)
 def test_equals_the_sampler_with_a_dict_of_positions(kept: str, data: Any, prompts: list[list[int]]) -> None:
     config = data.draw(configs([kept]))
