@@ -181,7 +181,8 @@ class Chat:
         self.turn += 1
         if not self.live:
             return generate(self.model, self.tokenizer, [prompt], **extra).texts[0]
-        gen_length = SamplingConfig.from_options(**self.options).gen_length
+        config = SamplingConfig.from_options(**self.options)
+        gen_length = int(config.length_options.get("initial_length", config.gen_length))
         steps = min(self.options.get("steps") or gen_length, gen_length)
         canvas = LiveCanvas(
             [None] * gen_length,

@@ -80,13 +80,17 @@ class LiveCanvas:
 
     def __call__(self, event: StepEvent) -> None:
         self.styles = [FILLED if style == FRESH else style for style in self.styles]
-        here = event.row == self.row
-        if not bool(here.any()):
+        event = event.of_row(self.row)
+        if not len(event.row) and not len(event.grown_row):
             return
-        for position, token in zip(event.position[here].tolist(), event.token[here].tolist(), strict=True):
+        for position, token in zip(event.position.tolist(), event.token.tolist(), strict=True):
             place = position - self.offset
             self.tokens[place] = None if token == self.mask_token_id else token
             self.pieces[place], self.styles[place] = MASK, BLANK if self.tokens[place] is None else FRESH
+        for position, count in zip(event.grown_position.tolist(), event.grown_count.tolist(), strict=True):
+            place = position - self.offset + 1
+            self.tokens[place:place], self.styles[place:place] = [None] * count, [BLANK] * count
+            self.pieces[place:place] = [MASK] * count
         for place, piece in enumerate(
             self.split(self.tokens)
         ):  # all: a new token may make its neighbours' character whole

@@ -174,7 +174,7 @@ class Writing(Task):
             prompt = [{"role": "user", "content": prompt}]
         config = generation_config(**self.options)
         asked = _templated(lambda: generation_request(self.model, self.tokenizer, prompt, config, what="The prompt"))
-        return Prepared(request, asked.canvas[~asked.masked], config.gen_length)
+        return Prepared(request, asked.canvas[~asked.masked], int(asked.masked.sum()))
 
     def sample(self, batch: Sequence[Prepared], **extra: Any) -> SamplingResult:
         from dllm.pipelines.llada.generate import generate
@@ -302,8 +302,8 @@ def refuse_lengths(options: Mapping[str, Any]) -> None:
     Raises:
         OptionError: an option says how much to write.
     """
-    for name in ("gen_length", "early_stop"):
-        if name in options:
+    for name in ("gen_length", "early_stop", "length_policy", "early_answer"):
+        if options.get(name, "none") not in ("fixed", "none"):
             raise OptionError(f"--{name} has no meaning here: the blanks say where to write. Name a model for text.")
 
 

@@ -99,7 +99,9 @@ def save_trace(
     if path.suffix == ".json":
         about = {"mask_token_id": tokenizer.mask_token_id, "titles": names}
         path.write_text(json.dumps(trace.to_json() | about) + "\n", encoding="utf-8")
-    elif path.suffix == ".html":
+        return path
+    trace = trace.stretched()
+    if path.suffix == ".html":
         rows = [replay_row(trace, tokenizer, row, title) for row, title in enumerate(names)]
         path.write_text(replay_page(rows, list(tokenizer.all_special_ids), columns), encoding="utf-8")
     else:

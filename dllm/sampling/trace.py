@@ -88,6 +88,22 @@ class Trace:
             steps = _lengthened(steps, event.grown_position[grown].tolist(), event.grown_count[grown].tolist())
         return steps
 
+    def stretched(self) -> Trace:
+        """The trace as if rows had had their last length from the start: every position is one of the last canvas."""
+        start = list(self.start)
+        for event in self.events:
+            for row, position, count in _growth(event):
+                start[row] = _lengthened(start[row], [position], [count])
+        later: list[tuple[int, int, int]] = []  # growth after an event, the last first
+        events = []
+        for event in reversed(self.events):
+            later += reversed(_growth(event))
+            moved = event.position.clone()
+            for row, position, count in reversed(later):
+                moved += count * ((event.row == row) & (moved > position))
+            events.append(event._replace(position=moved, grown_row=_NONE, grown_position=_NONE, grown_count=_NONE))
+        return Trace(start, events[::-1])
+
     def to_json(self) -> dict[str, Any]:
         """The trace as lists and numbers, for a file; `from_json` reads them."""
         events = [
@@ -130,6 +146,12 @@ def _read(name: str, value: Any) -> Any:
     if not isinstance(value, list):
         return value
     return torch.tensor(value, dtype=torch.float32 if name == "confidence" else torch.int64)
+
+
+def _growth(event: StepEvent) -> list[tuple[int, int, int]]:
+    """(row, position, count) of each mask that became several."""
+    values = (event.grown_row.tolist(), event.grown_position.tolist(), event.grown_count.tolist())
+    return list(zip(*values, strict=True))
 
 
 def _lengthened(values: Tensor, positions: list[int], counts: list[int]) -> Tensor:

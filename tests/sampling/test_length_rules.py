@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference.length_options import RULES, length_options
 from reference.predictor import HashPredictor, as_network, one_row
 from reference.sampler import Written, sample_row
 from torch import Tensor
@@ -15,6 +18,7 @@ from torch import Tensor
 from dllm.sampling.config import POLICY_OPTIONS, POLICY_REMASKING, SCHEDULED, SamplingConfig
 from dllm.sampling.loop import Denoised, denoise
 from dllm.sampling.rows import Request, SpecialTokens
+from dllm.sampling.trace import Trace
 
 V, MASK, EOS, EOT, BREAK = 10, 9, 8, 7, 6
 TOKENS = SpecialTokens(MASK, (EOS,), (EOS, EOT), (BREAK,))
@@ -29,51 +33,18 @@ LEVELS: dict[str, list[Any]] = {  # random logits are seldom as sure as the defa
     "kl_threshold": [0.5, 4.0],
     "kl_steps": [1, 2],
     "eta": [0.3, 0.6],
-    "delimiter_threshold": [0.05, 0.3, 0.6],
-    "delimiter_window": [0.0, 0.3, 1.0],
-    "initial_length": [1, 3, 8],
-    "expansion_factor": [2, 3, 5],
-    "eos_window": [1, 3, 40],
-    "eos_threshold": [0.05, 0.15, 0.4],
-    "expand_threshold": [0.2, 0.5, 1.0],
-    "expand_eos_threshold": [0.2, 0.5, 1.0],
-    "early_gap": [1.0, 2.0, 3.0],
-    "middle_gap": [1.0, 2.0],
-    "late_gap": [0.5, 1.0],
-}
-BLOCKS, LENGTH, EARLY = (
-    {"block_policy": "adablock"},
-    {"length_policy": "daedal"},
-    {"early_answer": "prophet"},
-)
-OF: dict[str, list[str]] = {
-    "adablock": ["delimiter_threshold", "delimiter_window"],
-    "daedal": [
-        "initial_length",
-        "expansion_factor",
-        "eos_window",
-        "eos_threshold",
-        "expand_threshold",
-        "expand_eos_threshold",
-    ],
-    "prophet": ["early_gap", "middle_gap", "late_gap"],
 }
 
 
 @st.composite
-def configs(draw: Any, rules: Any = None) -> SamplingConfig:
-    if rules is None:
-        rules = draw(st.lists(st.sampled_from([BLOCKS, LENGTH, EARLY]), min_size=1, max_size=3, unique_by=str))
-    chosen = {chooser: rule for found in rules for chooser, rule in found.items()}
-    # wino, whose shadows want a real network: see tests/engine/test_caching.py
+def configs(draw: Any, choosers: Any = None) -> SamplingConfig:
+    # wino, whose shadows want a real network: see tests/engine/test_cached_lengths.py
     policy = draw(st.sampled_from([name for name in POLICY_OPTIONS if name != "wino"]))
-    names = [*POLICY_OPTIONS[policy], *(name for rule in chosen.values() for name in OF[rule])]
-    options = {name: draw(st.sampled_from(LEVELS[name])) for name in names}
-    takes_steps = policy in SCHEDULED and set(chosen) == {"early_answer"}
+    lengths = draw(length_options(choosers))
+    takes_steps = policy in SCHEDULED and not {"block_policy", "length_policy"} & set(lengths)
     return SamplingConfig(
-        **chosen,
-        **options,
-        gen_length=draw(st.integers(8, 14)),
+        **lengths,
+        **{name: draw(st.sampled_from(LEVELS[name])) for name in POLICY_OPTIONS[policy]},
         policy=policy,
         block_length=draw(st.none() | st.integers(1, 6)),
         steps=draw(st.none() | st.just(14)) if takes_steps else None,
@@ -146,8 +117,103 @@ def check(prompts: list[list[int]], config: SamplingConfig, network: int) -> lis
     return expected
 
 
-@pytest.mark.parametrize("rules", [[BLOCKS], [LENGTH], [EARLY], [BLOCKS, LENGTH, EARLY]], ids=str)
-@settings(max_examples=40)
+@pytest.mark.parametrize("choosers", [[name] for name in RULES] + [None], ids=str)
+@settings(max_examples=6)
 @given(st.data(), prompts, st.integers(0, 1000))
-def test_equals_the_sampler_line_by_line(rules: Any, data: Any, prompts: list[list[int]], network: int) -> None:
-    check(prompts, data.draw(configs(rules)), network)
+def test_equals_the_sampler_line_by_line(choosers: Any, data: Any, prompts: list[list[int]], network: int) -> None:
+    check(prompts, data.draw(configs(choosers)), network)
+
+
+@settings(max_examples=6)
+@given(prompts, configs(), st.randoms())
+def test_a_row_has_its_tokens_alone_in_any_batch_and_in_any_order(
+    prompts: list[list[int]], config: SamplingConfig, random: Any
+) -> None:
+    predict, numbers = HashPredictor(V, 2), random.sample(range(100), len(prompts))
+    whole = run(predict, prompts, config, numbers)
+    order = random.sample(range(len(prompts)), random.randint(1, len(prompts)))
+    part = run(predict, [prompts[row] for row in order], config, [numbers[row] for row in order])
+    assert lists(part.canvases) == [whole.canvases[row].tolist() for row in order]
+    assert part.steps == [whole.steps[row] for row in order]
+
+
+@settings(max_examples=6)
+@given(prompts, configs(["length_policy"]))
+def test_a_trace_can_be_told_in_positions_of_the_last_canvas(prompts: list[list[int]], config: SamplingConfig) -> None:
+    trace = run(HashPredictor(V, 3), prompts, config, trace=True).trace
+    assert trace is not None
+    stretched = trace.stretched()
+    for row in range(len(prompts)):
+        frames, last = list(stretched.frames(row)), list(trace.frames(row))[-1]
+        assert torch.equal(frames[-1], last)
+        assert {len(frame) for frame in frames} == {len(last)}
+        assert torch.equal(stretched.commit_steps(row), trace.commit_steps(row))
+    again = Trace.from_json(json.loads(json.dumps(trace.to_json())))
+    assert [list(map(Tensor.tolist, again.frames(0)))] == [list(map(Tensor.tolist, trace.frames(0)))]
+
+
+def said(logits: Callable[[int, int], list[list[float]]]) -> Any:
+    """A network whose logits depend on the row's length and on how many masks it has."""
+
+    def predict(ids_RL: Tensor, attention_mask_RL: Tensor | None, wanted_RL: Tensor) -> Tensor:
+        found = [logits(len(row), int((row == MASK).sum())) for row in ids_RL]
+        return torch.tensor([found[row][position] for row, position in wanted_RL.nonzero().tolist()])
+
+    return predict
+
+
+def one_hot(token: int, logit: float = 9.0) -> list[float]:
+    return [logit if i == token else 0.0 for i in range(V)]
+
+
+def test_an_answer_grows_until_its_end_is_sure_and_no_further_than_gen_length() -> None:
+    text, end = one_hot(1), one_hot(EOS)
+    config = SamplingConfig(length_policy="daedal", gen_length=9, initial_length=2, expansion_factor=3, eos_window=2)
+    predict = said(lambda length, _: [text, text, *[end] * (length - 2)] if length > 2 else [text] * 2)
+    done = run(predict, [[]], config, trace=True)
+    assert done.trace is not None
+    assert [len(event.token) for event in done.trace.events][:2] == [0, 1]  # the pass that is sure commits too
+    assert done.canvases[0].tolist() == [1, 1, EOS, EOS, EOS]
+    unsure = said(lambda length, _: [text] * length)
+    assert len(run(unsure, [[]], config).canvases[0]) == 9
+
+
+def test_an_unsure_mask_becomes_several() -> None:
+    flat, text = [0.0] * V, one_hot(1)
+    config = SamplingConfig(
+        length_policy="daedal",
+        gen_length=6,
+        initial_length=3,
+        expansion_factor=3,
+        eos_threshold=0.0,
+        expand_threshold=0.5,
+    )
+    predict = said(lambda length, masks: [text, flat, text] if masks == length else [text] * length)
+    done = run(predict, [[]], config, trace=True)
+    assert done.trace is not None
+    frames = lists(list(done.trace.frames(0)))
+    assert frames[1] == [1, MASK, MASK, MASK, MASK]  # committed the first; the second became three
+    assert frames[-1] == [1] * 5
+    assert done.trace.events[0].grown_position.tolist() == [1]
+
+
+def test_a_block_ends_where_a_line_does() -> None:
+    config = SamplingConfig(
+        block_policy="adablock", block_length=2, gen_length=8, delimiter_window=0.5, early_stop=False
+    )
+    line = [one_hot(1), one_hot(1), one_hot(BREAK), *[one_hot(1)] * 5]
+    done = run(said(lambda length, _: line), [[]], config, trace=True)
+    assert done.trace is not None
+    sizes = {
+        tuple(sorted(done.trace.commit_steps(0)[block].tolist())) for block in (slice(0, 3), slice(3, 5), slice(5, 7))
+    }
+    assert sizes == {(0, 1, 2), (3, 4), (5, 6)}
+
+
+def test_an_answer_that_is_known_is_committed_at_once() -> None:
+    sure, unsure = one_hot(1, 9.0), one_hot(1, 6.0)
+    config = SamplingConfig(early_answer="prophet", block_length=2, gen_length=6, early_stop=False)
+    done = run(said(lambda length, _: [sure] * length), [[]], config)
+    assert (done.steps, done.nfe) == ([1], 1)
+    done = run(said(lambda length, _: [unsure] * length), [[]], config)
+    assert (done.steps, done.nfe) == ([3], 3)  # 6 logits are enough once a third of the masks is committed
