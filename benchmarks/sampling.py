@@ -11,7 +11,7 @@ turns within one process, so that a machine that others use slows all of them, a
 rounds. With one thread seconds are those of the process on the CPU, which other programs do not lengthen; otherwise they
 are the clock's.
 
-`random` has random weights, a body of 34 M parameters and ragged prompts, and checks that the exact variants write the
+`random` has random weights, a body of 34 M parameters or of the embedded model's shape, and ragged prompts, and checks that the exact variants write the
 published loop's tokens. `tasks` has answers that can be checked: the sudoku model that ships inside, on puzzles (masks
 between given tokens) and on grids to be completed (a prompt and a tail of blocks), with its own vocabulary and with ones
 widened to the size of a public checkpoint's. `steps` is for a GPU: milliseconds a step of a shape against reading its weights
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--vocabularies", nargs="+", type=int, default=[126_464, 32_768, 8_192])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--body", choices=["large", "embedded"], default="large", help="random: the size of the model")
     parser.add_argument("--gen_length", type=int, default=128)
     parser.add_argument("--block_length", type=int, default=32)
     parser.add_argument("--steps", type=int, default=128, help="random: of the whole answer")

@@ -14,16 +14,20 @@ from turns import CACHES, WHOLE, Run, cached, exists, heading, in_turns, logits_
 
 from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM, generate
 
-BODY: dict[str, Any] = dict(d_model=512, n_layers=8, n_heads=8, mlp_hidden_size=2048, max_sequence_length=1024)
+BODIES: dict[str, dict[str, Any]] = {
+    "large": dict(d_model=512, n_layers=8, n_heads=8, mlp_hidden_size=2048, max_sequence_length=1024),
+    "embedded": dict(d_model=128, n_layers=8, n_heads=4, mlp_hidden_size=384, max_sequence_length=1024),
+}
+"""The second has the shape of the model that ships inside."""
 VICINITY = 16
 """Positions on either side that a vicinity cache computes at each step; its default."""
 
 
-def random_model(vocabulary: int, dtype: torch.dtype) -> LLaDAModelLM:
+def random_model(body: str, vocabulary: int, dtype: torch.dtype) -> LLaDAModelLM:
     """Random weights whose logits lie well apart, and which never proposes the mask."""
     torch.manual_seed(0)
     model = LLaDAModelLM(
-        LLaDAConfig(vocab_size=vocabulary, mask_token_id=1, eos_token_id=2, pad_token_id=2, **BODY)
+        LLaDAConfig(vocab_size=vocabulary, mask_token_id=1, eos_token_id=2, pad_token_id=2, **BODIES[body])
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -143,7 +147,7 @@ def random_section(arguments: argparse.Namespace) -> str:
         table.append("|" + "---|" * (table[0].count("|") - 1))
     for vocabulary in arguments.vocabularies:
         for name in arguments.dtypes:
-            model = random_model(vocabulary, getattr(torch, name))
+            model = random_model(arguments.body, vocabulary, getattr(torch, name))
             prompts = ragged(max(arguments.batches), 32, 160)
             typical = sum(map(len, prompts)) // len(prompts)
             parts = parts_of(model, typical + gen, arguments.block_length, 5)
@@ -159,8 +163,9 @@ def random_section(arguments: argparse.Namespace) -> str:
                 found = lines_of(case, parts, settings, arguments.at_once, arguments.rounds)
                 lines += found
                 print(*found, sep="\n", flush=True)
+    body = BODIES[arguments.body]
     what = (
-        f"random weights, a body of {body_size():.0f} M parameters (d_model 512, 8 layers), prompts of 32 to 160 tokens, "
+        f"random weights, a body of {body_size(body):.1f} M parameters (d_model {body['d_model']}, {body['n_layers']} layers), prompts of 32 to 160 tokens, "
         f"gen_length {gen}, block_length {arguments.block_length}, {steps} steps. The published loop runs the first "
         f"{arguments.reference_rows} rows of a batch, {arguments.at_once} at a time; the floor in its line is what its parts "
         f"take alone."
@@ -172,9 +177,9 @@ def random_section(arguments: argparse.Namespace) -> str:
     return heading("Sampling with random weights", what) + tables + absent
 
 
-def body_size() -> float:
-    d, hidden = BODY["d_model"], BODY["mlp_hidden_size"]
-    return BODY["n_layers"] * (4 * d * d + 3 * d * hidden) / 1e6
+def body_size(body: dict[str, Any]) -> float:
+    d, hidden = body["d_model"], body["mlp_hidden_size"]
+    return body["n_layers"] * (4 * d * d + 3 * d * hidden) / 1e6
 
 
 def agreement(ours: Sequence[Tensor], theirs: Sequence[Tensor], gen: int, *, must: bool) -> str:
