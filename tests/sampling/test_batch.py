@@ -105,7 +105,9 @@ def test_rows_that_are_done_stay_unchanged_until_they_are_seen_to_be() -> None:
     assert gone[0].canvas.tolist() == canvases[0][0]
 
 
-@pytest.mark.parametrize("options", [{"policy": "klass", "threshold": 0.2, "kl_threshold": 3.0}, {}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"policy": "klass", "threshold": 0.0, "kl_threshold": 1e6, "kl_steps": 1}, {}], ids=str
+)
 def test_blocks_of_several_widths_may_stand_beside_each_other(options: dict[str, Any]) -> None:
     """Without waiting, places beyond a narrow block are computed too, and must leave no trace."""
     found = []
@@ -183,6 +185,25 @@ def test_rows_join_and_leave_at_any_time_and_have_their_tokens_alone(
         assert done[number] == (alone.ids, alone.steps)
 
 
+def test_a_row_may_go_before_one_that_came_after_it_has_begun() -> None:
+    """What klass remembers of a row that has taken no step yet is nothing."""
+    config = SamplingConfig(policy="klass", threshold=0.1, kl_threshold=2.0, early_stop=False)
+    batch = Batch(as_network(HashPredictor(V)), config, TOKENS, "cpu")
+    row = torch.tensor([1] + [MASK] * 6)
+    requests = [Request(row[: 5 + number], row[: 5 + number] == MASK, config, number) for number in range(3)]
+    batch.add(requests[:2], [0, 1])
+    batch.step()
+    batch.add(requests[2:], [2])
+    batch.remove([0])
+    done: dict[Any, Any] = {}
+    while len(batch):
+        batch.step()
+        done |= {gone.name: gone.canvas.tolist() for gone in batch.take_finished()}
+    for number in (1, 2):
+        alone = denoise(as_network(HashPredictor(V)), [requests[number]], config, TOKENS)
+        assert done[number] == alone.canvases[0].tolist()
+
+
 def test_removing_nothing_or_from_nothing_does_nothing() -> None:
     batch = Batch(network, SamplingConfig(), TOKENS, "cpu")
     assert batch.remove([]) == batch.take_finished() == batch.look() == []
@@ -216,6 +237,17 @@ def test_early_stop_is_the_slow_samplers_and_never_changes_the_text(
         assert done.steps[row] <= whole.steps[row]
         assert tiny.MASK not in written
     assert done.nfe == max(slow.forwards for slow in (tiny.slowly(row, config, i) for i, row in enumerate(rows)))
+
+
+@pytest.mark.parametrize("options", [{"policy": "wino", "threshold": 0.1}, {"policy": "remdm", "eta": 0.6}], ids=str)
+def test_what_may_be_taken_back_ends_nothing(options: dict[str, Any]) -> None:
+    """An end token in a block that is still being written may go again."""
+    config = SamplingConfig(block_length=8, temperature=1.0, **options)
+    asked = [tiny.request_of([first] + [tiny.MASK] * 12, config, first) for first in range(6)]
+    done = denoise(network_of(tiny.tiny_model()), asked, config, tiny.TOKENS)
+    for first in range(6):
+        slow = tiny.slowly([first] + [tiny.MASK] * 12, config, first)
+        assert (done.canvases[first].tolist(), done.steps[first]) == (slow.ids, slow.steps)
 
 
 def test_early_stop_saves_steps() -> None:
