@@ -95,14 +95,7 @@ def test_writes_what_generate_writes_with_few_rows_and_many(options: dict[str, A
     assert found.nfe == expected.nfe
 
 
-GROWING: dict[str, Any] = dict(
-    length_policy="daedal",
-    gen_length=14,
-    initial_length=3,
-    expansion_factor=4,
-    eos_threshold=0.05,
-    expand_threshold=0.5,
-)
+GROWING: dict[str, Any] = dict(length_policy="daedal", gen_length=14, initial_length=3, expansion_factor=4)
 
 
 @pytest.mark.parametrize(
