@@ -173,3 +173,14 @@ def test_what_a_model_writes_does_not_steer_a_terminal_and_is_not_changed_in_a_p
 
 def test_square_brackets_are_text_and_not_markup() -> None:
     assert running_text(["[bold]", "x"], ["dim", "dim"]).plain == "[bold]x"
+
+
+def test_a_row_that_grows_is_shown_longer() -> None:
+    to = console(terminal=False)
+    grown = event(0, (0, 3, 0))._replace(
+        grown_row=torch.tensor([0]), grown_position=torch.tensor([2]), grown_count=torch.tensor([2])
+    )
+    with LiveCanvas([None] * 3, letters, console=to, steps=2, offset=1) as live:
+        live(grown)
+        live(event(1, (0, 1, 1), (0, 2, 2), (0, 3, 3), (0, 4, 4)))
+    assert written(to).splitlines()[-2] == "BCDEA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -45,10 +46,12 @@ def network(work: Pass, readout: Any) -> Proposals:
     return readout(nn.Identity(), logits_NV.float() / 12)
 
 
-def run(config: SamplingConfig, *, waits: bool, watch: Any = None) -> dict[Any, list[int]]:
+def run(
+    config: SamplingConfig, *, waits: bool, watch: Any = None, rows: Sequence[list[int]] = ROWS
+) -> dict[Any, list[int]]:
     batch = Batch(network, config, TOKENS, "cpu", waits=waits)
-    rows = [torch.tensor(row) for row in ROWS]
-    batch.add([Request(row, row == MASK, config, number) for number, row in enumerate(rows)], range(len(rows)))
+    canvases = [torch.tensor(row) for row in rows]
+    batch.add([Request(row, row == MASK, config, number) for number, row in enumerate(canvases)], range(len(canvases)))
     done: dict[Any, Tensor] = {}
     for _ in range(100):
         if not len(batch):
@@ -72,6 +75,8 @@ SETTINGS = [
     {"policy": "hierarchical", "low_threshold": 0.2, "threshold": 0.4},
     {"temperature": 0.8, "remasking": "random", "suppress_eos": True},
     {"cfg_scale": 1.5, "eos_last": True, "remasking": "margin"},
+    {"block_policy": "adablock", "delimiters": (3, 4), "delimiter_threshold": 0.2, "block_length": 2},
+    {"early_answer": "prophet", "early_gap": 2.0, "middle_gap": 1.0, "late_gap": 0.5, "block_length": 2},
 ]
 
 
@@ -81,6 +86,18 @@ def test_a_step_that_must_not_wait_gives_the_same_tokens_and_does_not_wait(
 ) -> None:
     config = SamplingConfig(**options)
     assert run(config, waits=False, watch=refuses_reads) == run(config, waits=True)
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "klass", "threshold": 0.2, "kl_threshold": 3.0}], ids=str)
+def test_answers_grow_without_waiting_too(options: dict[str, Any]) -> None:
+    """But for the number of masks that are added, which the host has to know."""
+    config = SamplingConfig(
+        length_policy="daedal", gen_length=12, initial_length=3, eos_threshold=0.2, expand_threshold=0.4, **options
+    )
+    rows = [[1, 2] + [MASK] * 3, [MASK] * 3, [3] * 5 + [MASK] * 3]
+    slow, fast = (run(config, waits=waits, rows=rows) for waits in (True, False))
+    assert slow == fast
+    assert len(set(map(len, slow.values()))) > 1
 
 
 def test_a_step_that_may_wait_does(refuses_reads: Any) -> None:

@@ -310,6 +310,13 @@ def test_an_answer_begins_shorter_than_it_may_become() -> None:
         SamplingConfig(length_policy="daedal", gen_length=63)
 
 
+def test_an_answer_that_waits_for_its_end_may_propose_it() -> None:
+    with pytest.raises(
+        OptionError, match="suppress_eos=True does not belong to length_policy='daedal', which asks how sure"
+    ):
+        SamplingConfig(length_policy="daedal", suppress_eos=True)
+
+
 def test_delimiters_may_be_one() -> None:
     config = SamplingConfig(block_policy="adablock", delimiters=198)  # type: ignore[arg-type]
     assert config.block_options["delimiters"] == (198,)

@@ -100,3 +100,38 @@ def test_joined_traces_have_the_rows_one_after_the_other(trace: Trace) -> None:
     assert [frame.tolist() for frame in whole.frames(4)] == [[M, 1], [2, 1]]
     assert len(trace.start) == 3, "what is joined stays as it was"
     assert trace.events[0].row.tolist() == [0, 1]
+
+
+def test_a_mask_that_becomes_several_moves_what_follows() -> None:
+    grown = event(0, (0, 1, 6), (1, 0, 4))._replace(
+        grown_row=torch.tensor([0]), grown_position=torch.tensor([2]), grown_count=torch.tensor([2])
+    )
+    trace = Trace([torch.tensor([5, M, M, M]), torch.tensor([M])], [grown, event(1, (0, 5, 7)), event(2, (0, 3, 8))])
+    assert [frame.tolist() for frame in trace.frames(0)] == [
+        [5, M, M, M],
+        [5, 6, M, M, M, M],
+        [5, 6, M, M, M, 7],
+        [5, 6, M, 8, M, 7],
+    ]
+    assert [frame.tolist() for frame in trace.frames(1)] == [[M], [4]]
+    assert trace.commit_steps(0).tolist() == [-1, 0, -1, 2, -1, 1]
+    assert [frame.tolist() for frame in trace.stretched().frames(0)] == [
+        [5, M, M, M, M, M],
+        [5, 6, M, M, M, M],
+        [5, 6, M, M, M, 7],
+        [5, 6, M, 8, M, 7],
+    ]
+    assert same(Trace.from_json(json.loads(json.dumps(trace.to_json()))), trace)
+    both = Trace.joined([Trace([torch.tensor([M])]), trace])
+    assert [frame.tolist() for frame in both.frames(1)] == [frame.tolist() for frame in trace.frames(0)]
+
+
+def test_growth_before_a_step_moves_no_token_of_it_that_stands_before() -> None:
+    first = event(0, (0, 2, 3))._replace(
+        grown_row=torch.tensor([0]), grown_position=torch.tensor([1]), grown_count=torch.tensor([1])
+    )
+    last = event(1, (0, 0, 6))._replace(
+        grown_row=torch.tensor([0]), grown_position=torch.tensor([1]), grown_count=torch.tensor([1])
+    )
+    trace = Trace([torch.tensor([M, M, M])], [first, last])
+    assert list(trace.frames(0))[-1].tolist() == list(trace.stretched().frames(0))[-1].tolist() == [6, M, M, M, 3]

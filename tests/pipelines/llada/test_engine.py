@@ -77,6 +77,8 @@ PROMPTS = ["1+1=", "a", "some words. ", [{"role": "user", "content": "2"}], "3" 
         {"policy": "wino", "threshold": 0.1, "verify_threshold": 0.2},
         {"cache": "dual", "block_length": 5, "cfg_scale": 1.0},
         {"threshold": 0.2, "early_stop": False, "seed": 3, "temperature": 1.0},
+        {"block_policy": "adablock", "block_length": 3, "delimiters": (9, 20), "delimiter_threshold": 0.05},
+        {"early_answer": "prophet", "early_gap": 0.5, "middle_gap": 0.5, "cache": "prefix", "block_length": 3},
     ],
     ids=str,
 )
@@ -91,6 +93,61 @@ def test_writes_what_generate_writes_with_few_rows_and_many(options: dict[str, A
         assert engine.scheduler.most_rows <= max_rows
         assert idle(engine)
     assert found.nfe == expected.nfe
+
+
+GROWING: dict[str, Any] = dict(length_policy="daedal", gen_length=14, initial_length=3, expansion_factor=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"eos_threshold": 1e-3},
+        {"eos_threshold": 1e-4, "expand_threshold": 0.2},
+        {"eos_threshold": 1e-4, "cache": "dual", "block_length": 3, "cfg_scale": 1.0},
+    ],
+    ids=str,
+)
+def test_answers_that_grow_are_streamed_too(options: dict[str, Any]) -> None:
+    expected = llada.generate(model(), TOKENIZER, PROMPTS, **GROWING, **options)
+    lengths = [len(sequence) for sequence in expected.sequences]
+    assert max(expected.new_tokens) > 3
+    with Engine(model(), TOKENIZER, max_rows=4) as engine:
+        found = engine.generate(PROMPTS, **GROWING, **options)
+        assert [x.tolist() for x in found.sequences] == [x.tolist() for x in expected.sequences]
+        assert (found.texts, found.new_tokens) == (expected.texts, expected.new_tokens)
+        for row, prompt in enumerate(PROMPTS):
+            ticket = engine.submit(prompt, request=row, watch=True, **GROWING, **options)
+            canvas, blocks = ticket.request.canvas, []
+            for event in ticket:
+                if isinstance(event, CommittedBlock):
+                    blocks += event.position.tolist()
+                else:
+                    canvas = event.applied(canvas)
+            assert blocks == list(range(lengths[row] - expected.new_tokens[row], lengths[row]))
+            written = canvas != TOKENIZER.mask_token_id
+            assert canvas[written].tolist() == expected.sequences[row][written].tolist()
+    with Engine(model(), TOKENIZER) as engine:
+        assert "".join(engine.stream(PROMPTS[0], **GROWING, **options)) == expected.texts[0]
+        shown = Shown()
+        assert "".join(engine.stream(PROMPTS[0], streamer=shown, **GROWING, **options)) == expected.texts[0]
+    whole = [token for value in shown.confirmed for token in value.flatten().tolist()]
+    assert whole == expected.sequences[0].tolist()[: len(whole)]
+
+
+class Shown:
+    """Keeps what a streamer is given."""
+
+    def __init__(self) -> None:
+        self.confirmed: list[Tensor] = []
+
+    def put(self, value: Tensor) -> None:
+        self.confirmed.append(value.clone())
+
+    def put_draft(self, value: Tensor) -> None:
+        assert value.dim() == 1
+
+    def end(self) -> None:
+        assert self.confirmed
 
 
 def test_infilling_is_submitted_too() -> None:

@@ -272,6 +272,58 @@ def test_infilling_has_no_length_of_its_own(name: str) -> None:
         llada.infilling(model(), TOKENIZER, [MASK], **{name: 4})
 
 
+@pytest.mark.parametrize("options", [{"length_policy": "daedal"}, {"early_answer": "prophet"}], ids=str)
+def test_infilling_has_no_answer_whose_end_could_be_known(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(OptionError, match=f"infilling takes no {name}='{value}': .* Leave out {name}"):
+        llada.infilling(model(), TOKENIZER, [MASK], **options)
+
+
+# --- lengths that are found
+
+
+def test_an_answer_is_as_long_as_it_turns_out_to_be() -> None:
+    growing: dict[str, Any] = dict(length_policy="daedal", initial_length=2, expansion_factor=3, gen_length=9)
+    result = llada.generate(model(), TOKENIZER, ["1+1=", "a"], **growing, eos_threshold=1.0, expand_threshold=0.0)
+    assert result.new_tokens == [9, 9]
+    result = llada.generate(model(), TOKENIZER, ["1+1=", "a"], **growing, eos_threshold=0.0, expand_threshold=0.0)
+    assert result.new_tokens == [2, 2]
+    assert [len(x) for x in result.sequences] == [6, 3]
+    assert not any((x == TOKENIZER.mask_token_id).any() for x in result.sequences)
+    with pytest.raises(OptionError, match=r"prompt 0 \(4 tokens\) and gen_length=64 need 68 positions"):
+        llada.generate(model(), TOKENIZER, ["1+1="], length_policy="daedal", gen_length=64, initial_length=2)
+    with pytest.raises(OptionError, match=r"length_policy='daedal' waits .* no eos_token_id: leave length_policy out"):
+        llada.generate(model(eos_token_id=None), TOKENIZER, ["1+1="], **growing)
+
+
+def test_blocks_end_at_the_tokenizers_line_break() -> None:
+    (line_break,) = ids_of("\n")
+    settings: dict[str, Any] = dict(
+        block_policy="adablock",
+        gen_length=12,
+        block_length=4,
+        delimiter_threshold=0.0,
+        early_stop=False,
+        temperature=2.0,
+    )
+    prompts = [f"{n}+{n}=" for n in range(8)]
+    result = llada.generate(model(), TOKENIZER, prompts, **settings)
+    said = llada.generate(model(), TOKENIZER, prompts, **settings, delimiters=line_break)
+    assert_same(result.sequences, said.sequences)
+    with pytest.raises(OptionError, match=r"block_policy='adablock' ends blocks at a line break, .* give delimiters"):
+        llada.generate(model(), None, [[5, 6]], **settings)
+    fixed = {name: value for name, value in settings.items() if name not in ("block_policy", "delimiter_threshold")}
+    assert [x.tolist() for x in llada.generate(model(), TOKENIZER, prompts, **fixed).sequences] != [
+        x.tolist() for x in result.sequences
+    ]
+    assert llada.infilling(model(), TOKENIZER, [MASK * 5], block_policy="adablock").new_tokens == [5]
+
+
+def test_a_known_answer_is_committed_at_once() -> None:
+    sure: dict[str, Any] = dict(early_answer="prophet", early_gap=0, middle_gap=0, late_gap=0)
+    assert llada.generate(model(), TOKENIZER, ["1+1=", "a"], gen_length=8, **sure).steps == [1, 1]
+
+
 # --- counts, traces, callbacks
 
 
