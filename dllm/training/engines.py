@@ -11,6 +11,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,24 @@ def engine(args: TrainingArguments) -> str:
         version = (args.fsdp_plugin_args or {}).get("fsdp_version", os.environ.get("FSDP_VERSION", "1"))
         return "FSDP2" if int(version) == 2 else "FSDP"
     return PLAIN
+
+
+@contextmanager
+def one_table(model: Any) -> Iterator[None]:
+    """While FSDP2 divides a model whose head is its embedding: accelerate does not see the two as modules of their own.
+
+    It would divide the one module twice, which is an error. So it stays with what the model itself holds, which is whole from the
+    beginning of the forward to the end of the backward, as a shared table has to be.
+    """
+    embedding = model.get_input_embeddings()
+    if embedding is None or model.get_output_embeddings() is not embedding:
+        yield
+        return
+    model.get_input_embeddings = model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_input_embeddings, model.get_output_embeddings
 
 
 def running(accelerator: Accelerator) -> str:

@@ -9,6 +9,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from dllm.diffusion.corruption import Corrupted, CorruptionPlan, Documents
 from dllm.diffusion.objective import batch_count, token_weights
 from dllm.training.arguments import TrainingArguments
 from dllm.training.checkpoints import UNFINISHED, last_whole, put_in_place, rotate, seal
-from dllm.training.engines import write_topology
+from dllm.training.engines import one_table, write_topology
 from dllm.training.finite import FiniteGuard
 from dllm.training.metrics import Meter, nll_metrics, row_sums, work
 from dllm.training.optimizers import build_muon, group_settings
@@ -266,6 +267,10 @@ class MaskedDiffusionTrainer(transformers.Trainer):
         if last is None:
             return f"The step was not applied, and no checkpoint was saved yet: start anew with {what}."
         return f"The step was not applied, and {last} is whole: go on from it with --resume_from_checkpoint auto and {what}."
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        with one_table(self.model) if self.is_fsdp_enabled else nullcontext():
+            return super()._prepare_for_training(*args, **kwargs)
 
     def _run_epoch(self, **kwargs: Any) -> None:
         # transformers looks whether the steps are done after a step, so a finished run that goes on would take one more
