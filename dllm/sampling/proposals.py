@@ -18,10 +18,11 @@ from dllm.diffusion.noise import Purpose, keyed_gumbel, keyed_uniform
 from dllm.diffusion.objective import is_plain
 from dllm.layers.trunk import apply_head
 
-CHUNK_ELEMENTS = {"cpu": 1 << 16, "other": 1 << 26}
-"""Logits that exist at once: what stays in a CPU's cache; on a GPU few launches count more."""
-LEAST_COLUMNS = 2048
-"""Columns of a chunk at least, however many positions ask."""
+COLUMNS = {"cpu": 2048, "other": 1 << 15}
+"""Columns of a chunk: what stays in a CPU's cache; on a GPU few launches count more. The same for any number of positions, so
+that sums have the same order in any company."""
+CHUNK_ELEMENTS = 1 << 24
+"""Logits that exist at once where a head can only be called as a whole."""
 
 
 class Keys(NamedTuple):
@@ -97,11 +98,11 @@ def propose(head: nn.Module, hidden_MD: Tensor, question: Question) -> Proposals
         question: what is asked.
     """
     N = len(question.keys.step_N)
-    limit = CHUNK_ELEMENTS["cpu" if hidden_MD.device.type == "cpu" else "other"]
     if is_plain(head) and "distribution" not in question.needs:
-        return _reduce(_columns(head, hidden_MD, max(LEAST_COLUMNS, limit // max(1, len(hidden_MD)))), question)
+        columns = COLUMNS["cpu" if hidden_MD.device.type == "cpu" else "other"]
+        return _reduce(_columns(head, hidden_MD, columns), question)
     vocabulary = getattr(head, "out_features", None) or getattr(head, "num_embeddings", None) or hidden_MD.shape[1]
-    rows = max(1, limit * 256 // vocabulary)
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
     branches = hidden_MD.split(N) if N else (hidden_MD,)
     parts = []
     for start in range(0, max(1, N), rows):
