@@ -11,11 +11,11 @@ turns within one process, so that a machine that others use slows all of them, a
 rounds. With one thread seconds are those of the process on the CPU, which other programs do not lengthen; otherwise they
 are the clock's.
 
-`random` has random weights, a body of 34 M parameters or of the embedded model's shape, and ragged prompts, and checks that the exact variants write the
-published loop's tokens. `tasks` has answers that can be checked: the sudoku model that ships inside, on puzzles (masks
-between given tokens) and on grids to be completed (a prompt and a tail of blocks), with its own vocabulary and with ones
-widened to the size of a public checkpoint's. `steps` is for a GPU: milliseconds a step of a shape against reading its weights
-once, tokens/s by batch, and how often the host waits for the device.
+`random` has random weights, a body of 34 M parameters or of the embedded model's shape, and ragged prompts, and checks that
+the exact variants write the published loop's tokens. `tasks` has answers that can be checked: the sudoku model that ships
+inside, on puzzles (masks between given tokens) and on grids to be completed (a prompt and a tail of blocks), with its own
+vocabulary and with ones widened to the size of a public checkpoint's. `steps` is for a GPU: milliseconds a step of a shape
+against reading its weights once, tokens/s by batch, and how often the host waits for the device.
 
 The floor of a variant is what its schedule cannot do without, from parts that are timed alone before the loops are: the body
 at every position that is computed, and the head (V x D products) at every position that is asked.

@@ -166,9 +166,9 @@ def random_section(arguments: argparse.Namespace) -> str:
     body = BODIES[arguments.body]
     what = (
         f"random weights, a body of {body_size(body):.1f} M parameters (d_model {body['d_model']}, {body['n_layers']} layers), "
-        f"prompts of 32 to 160 tokens, gen_length {gen}, block_length {arguments.block_length}, {steps} steps. The published loop runs the first "
-        f"{arguments.reference_rows} rows of a batch, {arguments.at_once} at a time; the floor in its line is what its parts "
-        f"take alone."
+        f"prompts of 32 to 160 tokens, gen_length {gen}, block_length {arguments.block_length}, {steps} steps. The published "
+        f"loop runs the first {arguments.reference_rows} rows of a batch, {arguments.at_once} at a time; the floor in its line "
+        f"is what its parts take alone."
     )
     missing = [cache for cache in CACHES if not exists(cached(cache))]
     absent = f"\nNot in this version: {', '.join(missing)}.\n" if missing else ""

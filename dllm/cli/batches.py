@@ -194,7 +194,15 @@ class _Run:
             with task.canvas(batch[0]) as canvas:
                 result = task.sample(batch, on_step=canvas, **extra)
         else:
-            result = task.sample(batch, on_step=None if bar is None else bar.step, **extra)
+            try:
+                result = task.sample(batch, on_step=None if bar is None else bar.step, **extra)
+            except DllmError as error:
+                if not all(one.request.from_file for one in batch):
+                    raise
+                if len(batch) == 1:  # of a file, a bad one fails alone
+                    batch[0].request.error = str(error)
+                    return {}
+                return {row: answer for one in batch for row, answer in self._run(task, [one], live, bar).items()}
         seconds = time.perf_counter() - began
         if result.trace is not None:
             self.traces.append(result.trace)

@@ -304,7 +304,7 @@ def refuse_lengths(options: Mapping[str, Any]) -> None:
     """
     for name in ("gen_length", "early_stop", "length_policy", "early_answer"):
         if options.get(name, "none") not in ("fixed", "none"):
-            raise OptionError(f"--{name} has no meaning here: the blanks say where to write. Name a model for text.")
+            raise OptionError(f"--{name} has no meaning here: the blanks say where to write; leave it out.")
 
 
 def _texts(request: Request) -> list[str]:

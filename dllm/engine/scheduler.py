@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dllm.engine.tickets import Cancelled, Ticket
 from dllm.errors import NonFiniteError, OptionError
@@ -88,18 +89,21 @@ class Scheduler:
 
     # --- what users call
 
-    def submit(self, request: Request, *, watch: bool = False) -> Ticket:
+    def submit(
+        self, request: Request, *, watch: bool = False, read: Callable[[Request, Tensor], str] | None = None
+    ) -> Ticket:
         """Puts a request in line.
 
         Args:
             request: the canvas and its settings.
             watch: whether its ticket gives every denoising step.
+            read: makes the answer's text of its canvas.
 
         Raises:
             OptionError: fewer steps than blocks, a row larger than the memory, or a line that is full.
         """
         check_steps(request)
-        ticket = Ticket(self, request, watch, self._bytes_per_position(request.config))
+        ticket = Ticket(self, request, watch, self._bytes_per_position(request.config), read)
         if ticket.rows > self.max_rows:
             raise OptionError(
                 f"cfg_scale={request.config.cfg_scale} takes two rows, and max_rows={self.max_rows}: leave out cfg_scale, or "
@@ -280,11 +284,11 @@ class Scheduler:
     def _join(self, kind: SamplingConfig, tickets: list[Ticket]) -> None:
         if kind not in self._batches:
             self._batches[kind] = Batch(self._network, kind, self.tokens, self._device, reuse=self._reuse(kind))
-        self._batches[kind].watch |= any(ticket.watched for ticket in tickets)
         self._batches[kind].add([ticket.request for ticket in tickets], tickets)
 
     def _step(self, kind: SamplingConfig, batch: Batch) -> None:
         tickets, before = _tickets(batch), batch.nfe
+        batch.watch = any(ticket.watched for ticket in tickets)
         try:
             event = batch.step()
             steps = batch.rows.step_R.tolist() if event is not None and batch.rows is not None else []

@@ -35,6 +35,8 @@ class Answer(NamedTuple):
     """Masks that were filled; less than it had where an early stop left some open."""
     seconds: float
     """From its submission."""
+    text: str | None = None
+    """What was written after the prompt, up to its end, or the whole filled text of an infilling; None without a tokenizer."""
 
 
 class Cancelled(DllmError):
@@ -59,13 +61,21 @@ class Ticket:
     before is kept. Every event is given once, so a ticket has one reader.
     """
 
-    def __init__(self, desk: Desk, request: Request, watch: bool, bytes_per_position: int) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        request: Request,
+        watch: bool,
+        bytes_per_position: int,
+        read: Callable[[Request, Tensor], str] | None = None,
+    ) -> None:
         self.request, self.watched = request, watch
         self.kind = alike(request.config)
         self.rows = 2 if request.config.cfg_scale > 0 else 1
         self.length = request.most_positions
         self.shadow = most_in_block(request) if "verified" in POLICIES[request.config.policy].needs else 0
         self.bytes_per_position = bytes_per_position
+        self._read = read
         self.alone = False
         """Whether it has to be tried by itself, because a batch that it was in failed."""
         self._began = time.monotonic()
@@ -97,6 +107,8 @@ class Ticket:
         if self._error is not None:
             raise self._error.with_traceback(None)
         assert self._answer is not None
+        if self._read is not None and self._answer.text is None:
+            self._answer = self._answer._replace(text=self._read(self.request, self._answer.canvas))
         return self._answer
 
     def __iter__(self) -> Iterator[StepEvent | CommittedBlock]:

@@ -52,15 +52,16 @@ LAG = 2
 
 def alike(config: SamplingConfig) -> SamplingConfig:
     """What rows of one batch must have in common; the rest is each row's own."""
+    # an option that was given and one that is its policy's by default are the same
+    filled: dict[str, Any] = {**config.policy_options, **config.cache_options}
+    own: dict[str, Any] = dict(steps=None, block_length=None, cfg_keep_tokens=(), seed=0)
     return dataclasses.replace(
         config,
         gen_length=int(config.length_options.get("initial_length", 1)),
-        steps=None,
-        block_length=None,
         temperature=float(config.temperature > 0),
         cfg_scale=float(config.cfg_scale > 0),
-        cfg_keep_tokens=(),
-        seed=0,
+        **filled,
+        **own,
     )
 
 

@@ -153,8 +153,13 @@ class Rows:
         return torch.arange(self.ids_RL.shape[1], device=self.ids_RL.device) < self.length_R[:, None]
 
     def to(self, device: torch.device | str) -> Rows:
-        """A copy there."""
-        return Rows(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+        """A copy there; Apple's GPUs have no fp64."""
+        narrow = torch.device(device).type == "mps"
+
+        def moved(value: Tensor) -> Tensor:
+            return (value.float() if narrow and value.dtype == torch.float64 else value).to(device, non_blocking=True)
+
+        return Rows(**{name: moved(value) for name, value in vars(self).items()})
 
     def kept(self, index_R: Tensor, length: int, places: int) -> Rows:
         """The rows of these numbers, cut to the positions and places that the longest of them has."""

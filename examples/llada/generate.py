@@ -10,7 +10,11 @@ import sys
 from dllm.cli.options import Parser, add_settings, given_settings
 from dllm.errors import DllmError
 from dllm.pipelines import llada
-from dllm.sampling.config import ALIASES, SamplingConfig
+from dllm.sampling.config import ALIASES, EARLY_ANSWER_OPTIONS, LENGTH_OPTIONS, SamplingConfig
+
+OF_PROMPTS = {"gen_length", "steps", "block_length", "early_stop", "length_policy", "early_answer"}
+OF_PROMPTS |= {*LENGTH_OPTIONS["daedal"], *EARLY_ANSWER_OPTIONS["prophet"]}
+"""What goes with answers after prompts; blanks say themselves where to write."""
 
 
 def main(argv: list[str]) -> None:
@@ -55,8 +59,7 @@ def main(argv: list[str]) -> None:
         print(f"{prompt if isinstance(prompt, str) else prompt[0]['content']}\n  -> {text}\n")
 
     print("== blanks filled in")
-    for name in ("gen_length", "steps", "block_length"):  # they belong to the prompts above
-        options.pop(name, None)
+    options = {name: value for name, value in options.items() if name not in OF_PROMPTS}
     result = llada.infilling(model, tokenizer, blanks, **options)
     for text, filled in zip(blanks, result.texts, strict=True):
         print(f"{text.replace(mask, '_').removesuffix(str(tokenizer.eos_token))}\n  -> {filled}\n")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from system.workshop import save_tiny_model
 
@@ -355,6 +356,40 @@ def test_a_bad_prompt_of_a_file_fails_alone(
     for row in good:
         assert (row["steps"], row["nfe"], row["new_tokens"], row["tokens_per_forward"]) == (6, 6, 6, 1.0)
         assert row["seconds"] > 0
+
+
+def test_settings_that_fit_one_row_of_a_file_and_not_another_fail_that_one_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "puzzles.txt").write_text(f"{EASY}\n{PUZZLE}\n", encoding="utf-8")
+    asked = ["--prompts_file", str(tmp_path / "puzzles.txt"), "--steps", "3", "--block_length", "10", "--json"]
+    assert main(["generate", *asked]) == 1
+    easy, hard = map(json.loads, capsys.readouterr().out.splitlines())
+    assert easy["solved"]
+    assert "steps=3 is fewer than the 6 blocks of block_length=10" in hard["error"]
+
+
+def test_logits_that_are_no_numbers_fail_their_row_of_a_file_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    damaged, tokenizer = load_model(model), load_tokenizer(model)
+    with torch.no_grad():
+        damaged.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(tokenizer.tokenize("w"))[0]] = torch.nan
+    monkeypatch.setattr(batches, "load", lambda arguments: (damaged, tokenizer))
+    (tmp_path / "prompts.txt").write_text("s\nw\ns\n", encoding="utf-8")
+    asked = [
+        "--model_name_or_path",
+        model,
+        "--prompts_file",
+        str(tmp_path / "prompts.txt"),
+        "--raw",
+        "--gen_length",
+        "4",
+    ]
+    assert main(["generate", *asked, "--json"]) == 1
+    one, bad, other = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "logits are not numbers" in bad["error"]
+    assert one["text"] and other["text"]  # noqa: PT018
 
 
 def test_on_standard_output_and_for_people_a_bad_prompt_is_told_too(

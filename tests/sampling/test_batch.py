@@ -317,3 +317,9 @@ def test_denoise_names_the_row_that_is_no_number() -> None:
         NonFiniteError, match=r"Row 1: the model's logits are not numbers \(NaN or infinite\) at step 0"
     ):
         denoise(network_of(tiny.damaged_model()), asked, config, tiny.TOKENS)
+
+
+def test_a_default_that_is_given_makes_no_other_kind() -> None:
+    assert alike(SamplingConfig(policy="threshold")) == alike(SamplingConfig(policy="threshold", threshold=0.9, seed=4))
+    assert alike(SamplingConfig(policy="threshold")) != alike(SamplingConfig(policy="threshold", threshold=0.8))
+    assert alike(SamplingConfig(cache="vicinity")) == alike(SamplingConfig(cache="vicinity", vicinity=16))

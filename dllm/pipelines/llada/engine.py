@@ -113,7 +113,7 @@ class Engine:
         return needed
 
     def submit(self, prompt: Prompt, *, request: int = 0, watch: bool = False, **options: Any) -> Ticket:
-        """Puts a prompt in line; its ticket can be iterated over, waited for, and cancelled.
+        """Puts a prompt in line; its ticket can be iterated over, waited for (`answer().text`), and cancelled.
 
         Args:
             prompt: text, ids, or a conversation.
@@ -125,7 +125,9 @@ class Engine:
             OptionError: see `dllm.generate`; or the line is full, or the row larger than the memory.
         """
         config = generation_config(**options)
-        return self.scheduler.submit(self._request(prompt, config, request), watch=watch)
+        tokenizer = self.tokenizer
+        read = None if tokenizer is None else lambda request, canvas: self._text(tokenizer, request, canvas)
+        return self.scheduler.submit(self._request(prompt, config, request), watch=watch, read=read)
 
     def _request(self, prompt: Prompt, config: SamplingConfig, number: int, what: str = "the prompt") -> Request:
         with self._tokenizing:
@@ -142,7 +144,12 @@ class Engine:
         config = infilling_config(**options)
         with self._tokenizing:
             asked = infilling_request(self.model, self.tokenizer, text, config, request)
-        return self.scheduler.submit(asked, watch=watch)
+        return self.scheduler.submit(asked, watch=watch, read=None if self.tokenizer is None else self._whole_text)
+
+    def _whole_text(self, _: Request, canvas: Tensor) -> str:
+        assert self.tokenizer is not None
+        with self._tokenizing:
+            return self.tokenizer.decode(canvas.tolist(), skip_special_tokens=True)
 
     def stream(self, prompt: Prompt, *, streamer: Streamer | None = None, **options: Any) -> Iterator[str]:
         """The answer, piece by piece: text comes when the block that it is in is complete, and is final.
@@ -158,6 +165,11 @@ class Engine:
         Raises:
             OptionError: see `submit`; the engine has no tokenizer.
         """
+        if streamer is not None and not all(hasattr(streamer, name) for name in ("put", "put_draft", "end")):
+            raise OptionError(
+                f"streamer={streamer!r} has not the methods put, put_draft and end: give transformers' TextDiffusionStreamer, or "
+                f"one like it."
+            )
         if self.tokenizer is None:
             raise OptionError("Streaming text needs a tokenizer: give the engine one, or iterate over submit(...).")
         ticket = self.submit(prompt, watch=streamer is not None, **options)
@@ -238,6 +250,7 @@ class Engine:
             nfe=self.scheduler.nfe - before,
             steps=[answer.steps for answer in answers],
             new_tokens=[answer.written for answer in answers],
+            branches=2 if config.cfg_scale > 0 else 1,
             exact=chosen(config).exact,
         )
 

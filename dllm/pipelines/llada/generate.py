@@ -16,7 +16,7 @@ from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
 from dllm.sampling.network import Network, Pass
 from dllm.sampling.proposals import Proposals
-from dllm.sampling.rows import Request, SpecialTokens
+from dllm.sampling.rows import Request, SpecialTokens, check_steps
 from dllm.sampling.trace import StepEvent, Trace
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
@@ -39,13 +39,18 @@ class SamplingResult:
     """Masks that were filled in each row; those that an early stop left open do not count."""
     trace: Trace | None = None
     """Every step, if it was asked for."""
+    branches: int = 1
+    """Forwards that a step counts: 2 with guidance."""
     exact: bool = True
     """Whether every step computed everything; a cache is an approximation, see docs/sampling.md."""
 
     @property
     def tokens_per_forward(self) -> float:
         """Tokens written a row and forward, the mean over rows: 1 is one at a time."""
-        written = [tokens / steps for tokens, steps in zip(self.new_tokens, self.steps, strict=True) if steps]
+        a_step = self.branches
+        written = [
+            tokens / (steps * a_step) for tokens, steps in zip(self.new_tokens, self.steps, strict=True) if steps
+        ]
         return sum(written) / len(written) if written else 0.0
 
 
@@ -164,7 +169,9 @@ def generation_request(
     length = int(config.length_options.get("initial_length", config.gen_length))
     canvas = torch.cat([ids, torch.full((length,), mask_token_id)])
     # by place, not by token: a prompt may hold the mask token as a token
-    return Request(canvas, torch.arange(len(canvas)) >= len(ids), config, number)
+    request = Request(canvas, torch.arange(len(canvas)) >= len(ids), config, number)
+    check_steps(request)
+    return request
 
 
 def infilling_request(
@@ -184,7 +191,9 @@ def infilling_request(
     _check_tokens(model, tokenizer, config)
     _check_ids(model, canvas, what)
     _check_room(model, len(canvas), f"{what} ({len(canvas)} tokens)")
-    return Request(canvas, canvas == _mask_token_id(model, tokenizer), config, number)
+    request = Request(canvas, canvas == _mask_token_id(model, tokenizer), config, number)
+    check_steps(request)
+    return request
 
 
 def answer_text(
@@ -293,7 +302,11 @@ def _run(
     finally:
         model.train(was_training)
     exact = reuse is None or reuse.exact
-    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, exact)
+    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, _branches(config), exact)
+
+
+def _branches(config: SamplingConfig) -> int:
+    return 2 if config.cfg_scale > 0 else 1
 
 
 def network_of(model: PreTrainedModel) -> Network:

@@ -89,7 +89,7 @@ def test_writes_what_generate_writes_with_few_rows_and_many(options: dict[str, A
             found = engine.generate(PROMPTS, gen_length=10, **options)
         assert [x.tolist() for x in found.sequences] == [x.tolist() for x in expected.sequences]
         assert (found.texts, found.steps, found.exact) == (expected.texts, expected.steps, expected.exact)
-        assert found.new_tokens == [10] * len(PROMPTS)
+        assert found.new_tokens == expected.new_tokens
         assert engine.scheduler.most_rows <= max_rows
         assert idle(engine)
     assert found.nfe == expected.nfe
@@ -408,3 +408,19 @@ def test_memory_bounds_the_rows_and_counts_what_caches_keep() -> None:
     assert found.texts == llada.generate(model(), TOKENIZER, ["1"] * 5, gen_length=3).texts
     with pytest.raises(OptionError, match=r"A row of 40 positions needs .* MiB, and the engine has .* memory_gb"):
         small.submit("1", gen_length=39)
+
+
+def test_an_answer_has_its_text() -> None:
+    with Engine(model(), TOKENIZER) as engine:
+        written, filled = engine.submit(PROMPTS[0], gen_length=6), engine.submit_infilling(f"1{MASK * 3}2")
+        assert written.answer().text == llada.generate(model(), TOKENIZER, PROMPTS[:1], gen_length=6).texts[0]
+        assert filled.answer().text == llada.infilling(model(), TOKENIZER, [f"1{MASK * 3}2"]).texts[0]
+    with Engine(model()) as engine:
+        assert engine.submit([1, 2], gen_length=2).answer().text is None
+
+
+def test_a_streamer_that_shows_no_drafts_is_refused_before_anything_runs() -> None:
+    with Engine(model(), TOKENIZER) as engine:
+        with pytest.raises(OptionError, match="has not the methods put, put_draft and end"):
+            engine.stream("1", gen_length=2, streamer=print)  # type: ignore[arg-type]
+        assert idle(engine)

@@ -334,7 +334,7 @@ def test_a_known_answer_is_committed_at_once() -> None:
         ({"steps": 4}, 4, 2.0),
         ({"steps": 3}, 3, 8 / 3),
         ({"steps": 4, "block_length": 4}, 4, 2.0),
-        ({"steps": 4, "cfg_scale": 1.0}, 8, 2.0),
+        ({"steps": 4, "cfg_scale": 1.0}, 8, 1.0),
     ],
     ids=str,
 )
