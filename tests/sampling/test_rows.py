@@ -50,7 +50,12 @@ def test_a_row_starts_with_its_canvas_its_places_and_its_first_block(rows: list[
         assert (found["start_R"], found["end_R"]) == (0, min(block_length, len(places)))
         assert state.real_RL[r].tolist() == [i < len(row) for i in range(state.ids_RL.shape[1])]
         assert bool(state.done_R[r]) == (not places)
-        assert size_of(request(row, config)) == (len(row), max(1, len(places)), min(block_length, max(1, len(places))))
+        assert size_of(request(row, config)) == (
+            len(row),
+            max(1, len(places)),
+            min(block_length, max(1, len(places))),
+            0,
+        )
 
 
 @settings(max_examples=30)
