@@ -79,6 +79,8 @@ def belonging(settings: dict[str, Any]) -> dict[str, Any]:
         strangers.add("steps")
     if settings.get("remasking") not in POLICY_REMASKING[config.policy]:
         strangers.add("remasking")
+    if config.length_policy == "daedal":
+        strangers.add("suppress_eos")
     return {name: value for name, value in settings.items() if name not in strangers}
 
 
