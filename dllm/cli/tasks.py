@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from dllm.cli.requests import Request
 from dllm.errors import OptionError
+from dllm.sampling.blanks import expand_blanks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from dllm.pipelines.llada.generate import SamplingResult
 
 EMBEDDED = "builtin:sudoku9"
-BLANK = re.compile(r"\[MASK:(\d+)\]")
-_NEARLY_BLANK = re.compile(r"\[ *mask *(?:[:;=] *[\w-]*|\d+)? *\]", re.IGNORECASE)
 
 
 class Prepared(NamedTuple):
@@ -272,28 +270,6 @@ class Blanks(Task):
                 parts.append(([], new))
             parts[-1][0].append(token)
         return [(self._plain(ids), new) for ids, new in parts]
-
-
-def expand_blanks(text: str, mask_token: str) -> str:
-    """A text in which every `[MASK:n]` is n mask tokens.
-
-    Raises:
-        OptionError: no tokens (`[MASK:0]`), too many, or something that was meant to be a blank.
-    """
-
-    def masks(match: re.Match[str]) -> str:
-        count = int(match[1])
-        if not 1 <= count <= 100_000:
-            raise OptionError(f"{match[0]} is no blank: its number of tokens is from 1 to 100000.")
-        return mask_token * count
-
-    rest = BLANK.sub("", text)
-    wrong = [match for match in _NEARLY_BLANK.findall(rest) if match not in (mask_token, "[MASK]")]
-    if wrong:
-        raise OptionError(f"{wrong[0]!r} is no blank. Did you mean '[MASK:3]', a blank of three tokens?")
-    if "[MASK]" in rest and mask_token not in ("", "[MASK]"):
-        raise OptionError("'[MASK]' is no token of this tokenizer. Did you mean '[MASK:1]'?")
-    return BLANK.sub(masks, text)
 
 
 def refuse_lengths(options: Mapping[str, Any]) -> None:

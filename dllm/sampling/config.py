@@ -243,7 +243,9 @@ class SamplingConfig:
         for name, names in _NAMES.items():
             if getattr(self, name) not in get_args(names):
                 given = getattr(self, name)
-                raise OptionError(f"{name}={given!r} does not exist.{did_you_mean(str(given), get_args(names))}")
+                nearest = did_you_mean(str(given), get_args(names))
+                others = f" It can be {', '.join(get_args(names))}." if "mean" in nearest else ""
+                raise OptionError(f"{name}={given!r} does not exist.{nearest}{others}")
         self._check_values()
         for chooser, table in OPTION_TABLES.items():
             self._check_belongings(chooser, table)

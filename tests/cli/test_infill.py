@@ -16,10 +16,10 @@ from system.workshop import save_tiny_model
 
 from dllm.cli import batches
 from dllm.cli.main import main
-from dllm.cli.tasks import expand_blanks
 from dllm.errors import OptionError
 from dllm.pipelines.llada import infilling, load_model, load_tokenizer
 from dllm.pipelines.llada.tokenizer import MASK
+from dllm.sampling.blanks import expand_blanks
 
 TEXTS = ["the sea is grey and the sky is wide", "why is the sky blue?"]
 BLANKS = "the [MASK:3] is grey and the [MASK:2]."

@@ -105,7 +105,10 @@ def test_a_misspelt_option_names_the_nearest(wrong: str, right: str) -> None:
         ({"policy": "treshold"}, "policy='treshold' does not exist. Did you mean 'threshold'?"),
         ({"policy": "zzz"}, "policy='zzz' does not exist. It can be one of: entropy_bound, factor, fixed, .*wino"),
         ({"policy": []}, r"policy=\[\] does not exist"),
-        ({"cache": "duel"}, "cache='duel' does not exist. Did you mean 'dual'?"),
+        (
+            {"cache": "duel"},
+            "cache='duel' does not exist. Did you mean 'dual'.* It can be none, prefix, dual, vicinity, delayed.",
+        ),
         ({"cache": None}, "cache=None does not exist. Did you mean 'none'?"),
         ({"policy": "threshold", "threshold": 1.1}, "threshold=1.1: it is a number from 0 to 1"),
         ({"policy": "threshold", "threshold": True}, "threshold=True: it is a number from 0 to 1"),

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.engine.caching import caching
 from dllm.errors import CheckpointError, OptionError
+from dllm.sampling.blanks import expand_blanks
 from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
 from dllm.sampling.network import Network, Pass
@@ -112,7 +113,7 @@ def infilling(
     Args:
         model: a LLaDA model.
         tokenizer: for ids and text alone; None if the inputs are ids.
-        inputs: texts with the tokenizer's mask token in them, or ids with the mask id.
+        inputs: texts with blanks, `[MASK:n]` for n tokens or the tokenizer's mask token for one; or ids with the mask id.
         trace: keep every denoising step in the result.
         on_step: called after every step with what it committed.
         requests: one integer a row that keys its noise; its place by default.
@@ -187,6 +188,8 @@ def infilling_request(
     Raises:
         OptionError: see `infilling`.
     """
+    if isinstance(item, str) and tokenizer is not None:
+        item = expand_blanks(item, str(tokenizer.mask_token or ""))
     canvas = encode_prompt(tokenizer, item)
     _check_tokens(model, tokenizer, config)
     _check_ids(model, canvas, what)

@@ -512,3 +512,10 @@ def test_a_cache_leaves_given_tokens_and_fills_all_masks(cache: Any) -> None:
     assert torch.equal(found[given != TOKENIZER.mask_token_id], given[given != TOKENIZER.mask_token_id])
     assert not (found == TOKENIZER.mask_token_id).any()
     assert not result.exact
+
+
+def test_a_blank_of_n_tokens_is_n_masks() -> None:
+    short, long = f"1{MASK * 3}2{MASK}", "1[MASK:3]2[MASK:1]"
+    assert_same(*(llada.infilling(model(), TOKENIZER, [text]).sequences for text in (short, long)))
+    with pytest.raises(OptionError, match=r"'\[MASK 3\]' is no blank. Did you mean '\[MASK:3\]'"):
+        llada.infilling(model(), TOKENIZER, ["1[MASK 3]"])
