@@ -107,7 +107,7 @@ def test_a_misspelt_option_names_the_nearest(wrong: str, right: str) -> None:
         ({"policy": []}, r"policy=\[\] does not exist"),
         (
             {"cache": "duel"},
-            "cache='duel' does not exist. Did you mean 'dual'.* It can be none, prefix, dual, vicinity, delayed.",
+            "cache='duel' does not exist. Did you mean 'dual'.* It can be none, prefix, dual, vicinity, delayed",
         ),
         ({"cache": None}, "cache=None does not exist. Did you mean 'none'?"),
         ({"policy": "threshold", "threshold": 1.1}, "threshold=1.1: it is a number from 0 to 1"),
