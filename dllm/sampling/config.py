@@ -239,7 +239,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         for name in ("cfg_keep_tokens", "delimiters"):
             tokens = getattr(self, name)
-            object.__setattr__(self, name, (tokens,) if isinstance(tokens, int) else tuple(tokens))
+            tokens = (tokens,) if isinstance(tokens, int) else tokens
+            if isinstance(tokens, str) or not all(isinstance(token, int) and token >= 0 for token in tokens or ()):
+                raise OptionError(f"{name}={tokens!r}: it is token ids, whole numbers from 0 on")
+            object.__setattr__(self, name, tuple(tokens or ()))
         for name, names in _NAMES.items():
             if getattr(self, name) not in get_args(names):
                 given = getattr(self, name)
@@ -274,6 +277,11 @@ class SamplingConfig:
             raise OptionError(
                 "suppress_eos=True does not belong to length_policy='daedal', which asks how sure the model is of "
                 "end-of-text: leave out one of the two."
+            )
+        if self.cfg_keep_tokens and not self.cfg_scale:
+            raise OptionError(
+                f"cfg_keep_tokens={self.cfg_keep_tokens} belongs to guidance, which is off: give a cfg_scale above 0, or leave "
+                f"it out."
             )
         if self.policy == "hierarchical":
             low, high = self.policy_options["low_threshold"], self.policy_options["threshold"]
@@ -322,7 +330,10 @@ class SamplingConfig:
     @property
     def length_options(self) -> dict[str, float | int]:
         """The options of the chosen length policy, defaults filled in."""
-        return self._filled_in(LENGTH_OPTIONS[self.length_policy])
+        filled = self._filled_in(LENGTH_OPTIONS[self.length_policy])
+        if self.initial_length is None and "initial_length" in filled:  # a short answer begins whole
+            filled["initial_length"] = min(filled["initial_length"], self.gen_length)
+        return filled
 
     @property
     def early_answer_options(self) -> dict[str, float]:

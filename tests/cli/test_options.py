@@ -81,6 +81,8 @@ def belonging(settings: dict[str, Any]) -> dict[str, Any]:
         strangers.add("remasking")
     if config.length_policy == "daedal":
         strangers.add("suppress_eos")
+    if not settings.get("cfg_scale"):
+        strangers.add("cfg_keep_tokens")
     return {name: value for name, value in settings.items() if name not in strangers}
 
 

@@ -138,10 +138,10 @@ def test_values_out_of_range_are_refused(settings: dict[str, Any], message: str)
 
 def test_settings_are_frozen_and_keep_their_own_tokens() -> None:
     kept = [3, 4]
-    config = SamplingConfig(cfg_keep_tokens=kept)  # type: ignore[arg-type]
+    config = SamplingConfig(cfg_scale=1.0, cfg_keep_tokens=kept)  # type: ignore[arg-type]
     kept.append(5)
     assert config.cfg_keep_tokens == (3, 4)
-    assert hash(config) == hash(SamplingConfig(cfg_keep_tokens=(3, 4)))
+    assert hash(config) == hash(SamplingConfig(cfg_scale=1.0, cfg_keep_tokens=(3, 4)))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 3  # type: ignore[misc]
 
@@ -154,6 +154,10 @@ def test_settings_are_frozen_and_keep_their_own_tokens() -> None:
         ("suppress_eos", "no", "suppress_eos='no': it is True or False"),
         ("eos_last", 1, "eos_last=1: it is True or False"),
         ("early_stop", None, "early_stop=None: it is True or False"),
+        ("cfg_keep_tokens", "ab", "cfg_keep_tokens='ab': it is token ids"),
+        ("cfg_keep_tokens", (3, -7), r"cfg_keep_tokens=\(3, -7\): it is token ids, whole numbers from 0 on"),
+        ("cfg_keep_tokens", 3, r"cfg_keep_tokens=\(3,\) belongs to guidance, which is off: give a cfg_scale above 0"),
+        ("delimiters", ("\n",), "delimiters=.* it is token ids"),
     ],
 )
 def test_a_value_of_another_type_is_refused(name: str, value: Any, message: str) -> None:
@@ -162,7 +166,7 @@ def test_a_value_of_another_type_is_refused(name: str, value: Any, message: str)
 
 
 def test_one_token_to_keep_needs_no_list() -> None:
-    assert SamplingConfig(cfg_keep_tokens=5).cfg_keep_tokens == (5,)  # type: ignore[arg-type]
+    assert SamplingConfig(cfg_scale=1.0, cfg_keep_tokens=5).cfg_keep_tokens == (5,)  # type: ignore[arg-type]
 
 
 # --- what belongs to which policy and cache

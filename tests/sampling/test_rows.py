@@ -37,7 +37,7 @@ def own(rows: Rows, row: int) -> dict[str, object]:
 @settings(max_examples=30)
 @given(st.lists(canvases, min_size=1, max_size=4), st.integers(1, 5))
 def test_a_row_starts_with_its_canvas_its_places_and_its_first_block(rows: list[list[int]], block_length: int) -> None:
-    config = SamplingConfig(block_length=block_length, cfg_keep_tokens=(3,))
+    config = SamplingConfig(block_length=block_length, cfg_scale=1.0, cfg_keep_tokens=(3,))
     state = rows_of([request(row, config) for row in rows], MASK)
     assert len(state) == len(rows)
     for r, row in enumerate(rows):
