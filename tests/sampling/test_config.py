@@ -314,7 +314,8 @@ def test_an_answer_begins_shorter_than_it_may_become() -> None:
     with pytest.raises(
         OptionError, match=r"initial_length=64 exceeds gen_length=63, .* lower the one or raise the other"
     ):
-        SamplingConfig(length_policy="daedal", gen_length=63)
+        SamplingConfig(length_policy="daedal", gen_length=63, initial_length=64)
+    assert SamplingConfig(length_policy="daedal", gen_length=63).length_options["initial_length"] == 63
 
 
 def test_an_answer_that_waits_for_its_end_may_propose_it() -> None:
