@@ -304,12 +304,8 @@ def _run(
         )
     finally:
         model.train(was_training)
-    exact = reuse is None or reuse.exact
-    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, _branches(config), exact)
-
-
-def _branches(config: SamplingConfig) -> int:
-    return 2 if config.cfg_scale > 0 else 1
+    branches, exact = 2 if config.cfg_scale > 0 else 1, reuse is None or reuse.exact
+    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, branches, exact)
 
 
 def network_of(model: PreTrainedModel) -> Network:
