@@ -121,7 +121,7 @@ def test_masks_between_given_tokens_are_filled_as_ours_fills_them_in_one_block()
     canvases[0, 2:9] = MASK
     canvases[1, ::2] = MASK
     done, forwards = fill(partial(network, model()), canvases, 0, mask_token_id=MASK, steps=5, block_length=12)
-    assert lists(list(done)) == lists(llada.infilling(model(), None, list(canvases), steps=5, **WHOLE).sequences)
+    assert lists(list(done)) == lists(llada.infilling(model(), None, list(canvases), steps=5).sequences)
     assert forwards == 5
 
 
