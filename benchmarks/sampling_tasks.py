@@ -125,7 +125,7 @@ def tasks_section(arguments: argparse.Namespace) -> str:
         "| task | V | policy | cache | right | tokens/forward | forwards of a row | seconds | tokens/s | against published |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    missing = [name for name, options in POLICIES.items() if not exists(options)]
+    missing = [name for name, options in POLICIES.items() if not any(exists({**cached(c), **options}) for c in CACHES)]
     missing += [f"cache {cache}" for cache in CACHES if not exists(cached(cache))]
     few = arguments.reference_rows
     for vocabulary in arguments.task_vocabularies:
