@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -65,7 +66,7 @@ def test_every_block_is_run_or_listed() -> None:
     assert sorted(map(str, starts)) == sorted(NOT_RUN)
     assert len(left) < len(shown)
     assert {block.marker for block in shown} == {None, "run", "substituted", "slurm"}
-    assert [block.language for block in shown if block.marker == "run"] == ["bash", "python"]
+    assert [block.language for block in shown if block.marker == "run"] == ["bash", "python", "python"]
     assert len(gpu_commands()) == 4
 
 
@@ -92,6 +93,8 @@ def test_the_commands_of_docs_sampling_run_as_they_stand(tmp_path: Path) -> None
     assert shown.count("│") == 2 * 9 * 4
     assert "9 blanks, 9 forwards: solved" in shown
     assert (tmp_path / "sudoku.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    (engine,) = marked(ROOT / "docs/sampling.md", "run", "python")
+    assert run(["python", "-c", engine.text], tmp_path).splitlines()[-1] == "345286179"
 
 
 def test_slurm_commands_are_understood(tmp_path: Path) -> None:
@@ -116,12 +119,14 @@ def test_generate_alone_shows_a_grid(tmp_path: Path) -> None:
 
 
 def test_python_runs_as_it_stands(tmp_path: Path) -> None:
-    (block,) = marked(README, "run", "python")
+    block, engine = marked(README, "run", "python")
     continued, infilled = run(["python", "-c", block.text], tmp_path).splitlines()[-2:]
     grid = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
     assert grid in block.text
     assert continued == str([grid[72:]])
     assert infilled == str([grid])
+    last = run(["python", "-c", engine.text], tmp_path).splitlines()[-1]
+    assert re.fullmatch(r"[1-9]{36} 19 steps for the other", last), last
 
 
 def test_python_for_a_hub_id_runs_on_a_small_model(tmp_path: Path) -> None:
