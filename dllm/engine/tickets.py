@@ -71,7 +71,7 @@ class Ticket:
     ) -> None:
         self.request, self.watched = request, watch
         self.kind = alike(request.config)
-        self.rows = 2 if request.config.cfg_scale > 0 else 1
+        self.rows = request.config.branches
         self.length = request.most_positions
         self.shadow = most_in_block(request) if "verified" in POLICIES[request.config.policy].needs else 0
         self.bytes_per_position = bytes_per_position

@@ -97,7 +97,7 @@ class Batch:
         self._looks: deque[tuple[list[Hashable], Tensor, torch.cuda.Event | None]] = deque()  # of the last steps
         self.policy = POLICIES[config.policy]
         self.options = config.policy_options
-        self.branches = 2 if config.cfg_scale > 0 else 1
+        self.branches = config.branches
         self.rows: Rows | None = None
         self.names: list[Hashable] = []
         self.requests: list[Request] = []

@@ -313,6 +313,11 @@ class SamplingConfig:
                 )
 
     @property
+    def branches(self) -> int:
+        """Rows that a request takes in a forward, and forwards that its step counts: 2 with guidance."""
+        return 2 if self.cfg_scale > 0 else 1
+
+    @property
     def policy_options(self) -> dict[str, float | int]:
         """The options of the chosen policy, defaults filled in: keyword arguments of its function."""
         return self._filled_in(POLICY_OPTIONS[self.policy])

@@ -250,7 +250,7 @@ class Engine:
             nfe=self.scheduler.nfe - before,
             steps=[answer.steps for answer in answers],
             new_tokens=[answer.written for answer in answers],
-            branches=2 if config.cfg_scale > 0 else 1,
+            branches=config.branches,
             exact=chosen(config).exact,
         )
 

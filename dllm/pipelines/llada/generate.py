@@ -304,8 +304,8 @@ def _run(
         )
     finally:
         model.train(was_training)
-    branches, exact = 2 if config.cfg_scale > 0 else 1, reuse is None or reuse.exact
-    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, branches, exact)
+    exact = reuse is None or reuse.exact
+    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, config.branches, exact)
 
 
 def network_of(model: PreTrainedModel) -> Network:
