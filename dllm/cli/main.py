@@ -13,6 +13,7 @@ from dllm.errors import DllmError, did_you_mean
 COMMANDS = {
     "demo": "train a small model on sudoku from scratch, watch it solve unseen puzzles (3 minutes)",
     "convert": "write a checkpoint anew: another dtype, other shards, an adapter merged",
+    "adapt": "make a LLaDA checkpoint of an autoregressive one: Llama, Qwen2, GGUF files",
     "generate": "write after prompts, or solve a puzzle with the model that ships inside",
     "infill": "fill blanks that stand anywhere in a text, or those of a puzzle",
     "chat": "talk with a model in the terminal, and see its answers take shape",
