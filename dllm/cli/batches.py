@@ -1,10 +1,10 @@
-"""Runs requests through a model in batches, and writes what comes out: to people, to pipes, or to a file."""
+"""Runs requests through an engine, many at a time, and writes what comes out: to people, to pipes, or to a file."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from dllm.cli.line import Bar, Line
 from dllm.cli.records import AnswerFile, statistics
 from dllm.cli.requests import PromptsFormat, Request
 from dllm.cli.tasks import EMBEDDED, Prepared, Task
@@ -21,7 +22,8 @@ from dllm.errors import DllmError, OptionError
 if TYPE_CHECKING:
     from argparse import ArgumentParser
 
-    from dllm.sampling.trace import StepEvent, Trace
+    from dllm.engine.tickets import Answer
+    from dllm.sampling.trace import Trace
 
 
 def add_run_options(parser: ArgumentParser) -> None:
@@ -37,7 +39,17 @@ def add_run_options(parser: ArgumentParser) -> None:
         help='lines: a prompt a line; jsonl: {"prompt": ...} or {"messages": [...]}, other keys are carried over to the '
         "answer; auto: by the file's suffix",
     )
-    parser.add_argument("--batch_size", type=int, default=8, help="prompts at a time; changes nothing but speed")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        default=8,
+        help="prompts at a time, the most: one that is done makes room for the next; changes nothing but speed",
+    )
+    parser.add_argument(
+        "--memory_gb",
+        type=float,
+        help="for caches and activations, which bounds the prompts at a time; half of what is free",
+    )
     add_model_options(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object a prompt, with its statistics")
     parser.add_argument(
@@ -112,6 +124,8 @@ def run(
     """
     if arguments.batch_size < 1:
         raise OptionError(f"--batch_size {arguments.batch_size}: it is at least 1.")
+    if arguments.memory_gb is not None and not 0 < arguments.memory_gb < math.inf:
+        raise OptionError(f"--memory_gb {arguments.memory_gb}: it is a number above 0.")
     if arguments.json and arguments.output is not None:
         raise OptionError("--output writes into a file what --json prints: keep one.")
     for request in requests:
@@ -169,49 +183,56 @@ class _Run:
 
     def answer(self, task: Task, requests: Sequence[Request]) -> None:
         """Answers requests, those with an error by it."""
+        import torch
+
+        from dllm.pipelines.llada.engine import Engine
+        from dllm.sampling.config import SamplingConfig
+
         prepared = {request.row: _try(request, task.prepare) for request in requests}
+        config = SamplingConfig.from_options(**task.options)
         live = self.live and (len(requests) == 1 or task.seconds > 0)
-        size = 1 if live else self.arguments.batch_size
-        masks = sum(one.masks for one in prepared.values() if one is not None)
-        with _Bar(masks, len(requests)) if self.bar else nullcontext() as bar:
-            for first in range(0, len(requests), size):
-                chunk = requests[first : first + size]
-                batch = [one for request in chunk if (one := prepared[request.row]) is not None]
-                records = self._run(task, batch, live, bar)
-                for request in chunk:
-                    self.write(request, task, records.get(request.row), prepared[request.row], live)
+        rows = config.branches * (1 if live else self.arguments.batch_size)
+        good = [one for one in prepared.values() if one is not None]
+        with (
+            Engine(task.model, task.tokenizer, max_rows=rows, memory_gb=self.arguments.memory_gb) as engine,
+            Bar(sum(one.masks for one in good), len(requests)) if self.bar else nullcontext() as bar,
+        ):
+            watch = live or self.arguments.trace is not None
+            line = Line(engine, lambda one: task.submit(engine, one, watch=watch), good)
+            for request in requests:
+                one, record = prepared[request.row], None
+                if one is not None:
+                    try:
+                        answer = self._answer(task, one, line, live, bar)
+                        record = task.answer(one, answer.canvas, answer.text or "") | statistics(answer, config)
+                    except (
+                        DllmError,
+                        torch.OutOfMemoryError,
+                    ) as error:  # it took a model to find, and is this row's alone
+                        request.error = str(error)
+                self.write(request, task, record, one, live)
                 if bar is not None:
-                    bar.rows(len(chunk), sum(one.masks for one in batch))
+                    bar.row(0 if one is None else one.masks)
         self._save_trace(task)
 
-    def _run(self, task: Task, batch: list[Prepared], live: bool, bar: _Bar | None) -> dict[int, dict[str, Any]]:
-        if not batch:
-            return {}
-        extra: dict[str, Any] = {"requests": [one.request.row for one in batch]}  # whatever the size of a batch
-        extra["trace"] = self.arguments.trace is not None
-        began = time.perf_counter()
-        if live:
-            with task.canvas(batch[0]) as canvas:
-                result = task.sample(batch, on_step=canvas, **extra)
-        else:
-            try:
-                result = task.sample(batch, on_step=None if bar is None else bar.step, **extra)
-            except DllmError as error:
-                if not all(one.request.from_file for one in batch):
-                    raise
-                if len(batch) == 1:  # of a file, a bad one fails alone
-                    batch[0].request.error = str(error)
-                    return {}
-                return {row: answer for one in batch for row, answer in self._run(task, [one], live, bar).items()}
-        seconds = time.perf_counter() - began
-        if result.trace is not None:
-            self.traces.append(result.trace)
-            self.titles += [one.request.title for one in batch]
-        return {
-            one.request.row: task.answer(one, result.sequences[place], result.texts[place])
-            | statistics(result, place, seconds)
-            for place, one in enumerate(batch)
-        }
+    def _answer(self, task: Task, one: Prepared, line: Line, live: bool, bar: Bar | None) -> Answer:
+        from dllm.sampling.trace import StepEvent, Trace
+
+        ticket, events = line.ticket(one), list[StepEvent]()
+        with task.canvas(one) if live else nullcontext() as canvas:
+            while not (live or ticket.done):
+                line.step()
+                if bar is not None:
+                    bar.filled(line.filled)
+            for event in ticket:
+                if isinstance(event, StepEvent):
+                    events.append(event)
+                    if canvas is not None:
+                        canvas(event)
+        if self.arguments.trace is not None:
+            self.traces.append(Trace([ticket.request.canvas], events))
+            self.titles.append(one.request.title)
+        return ticket.answer()
 
     def write(
         self,
@@ -244,36 +265,3 @@ class _Run:
 
         whole = Trace.joined(self.traces)
         save_trace(whole, task.tokenizer, self.arguments.trace, titles=self.titles, columns=task.columns)
-
-
-class _Bar:
-    """Progress on standard error: tokens while a batch runs, rows as they finish."""
-
-    def __init__(self, masks: int, rows: int) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self.progress = Progress(
-            TextColumn("{task.fields[done]}/{task.fields[rows]} rows"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f}%"),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-        self.task = self.progress.add_task("", total=masks, done=0, rows=rows)
-        self.before = self.done = 0
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def step(self, event: StepEvent) -> None:
-        self.progress.advance(self.task, len(event.position))
-
-    def rows(self, rows: int, masks: int) -> None:
-        """Rows are done, with so many masks: tokens that were taken back count once."""
-        self.before += masks
-        self.done += rows
-        self.progress.update(self.task, completed=self.before, done=self.done)

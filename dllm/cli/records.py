@@ -14,30 +14,30 @@ from dllm.cli.requests import ANSWER_KEYS, Request
 from dllm.errors import OptionError
 
 if TYPE_CHECKING:
-    from dllm.pipelines.llada.generate import SamplingResult
+    from dllm.engine.tickets import Answer
+    from dllm.sampling.config import SamplingConfig
 
 
-def statistics(result: SamplingResult, place: int, seconds: float) -> dict[str, Any]:
+def statistics(answer: Answer, config: SamplingConfig) -> dict[str, Any]:
     """What a row cost.
 
     Args:
-        result: of the row's batch.
-        place: of the row in it.
-        seconds: wall time of the batch.
+        answer: the row's.
+        config: its settings.
 
     Returns:
         steps; nfe, the forwards that the row took part in (guidance takes two a step); new_tokens, masks filled;
-        tokens_per_forward, new_tokens / nfe; seconds, of the whole batch; exact, False where a cache approximates.
+        tokens_per_forward, new_tokens / nfe; seconds, from the row's first step to its last, others' work in between
+        included; exact, False where a cache approximates.
     """
-    a_step = result.nfe // max(1, max(result.steps))
-    nfe, new_tokens = result.steps[place] * a_step, result.new_tokens[place]
+    nfe = answer.steps * config.branches
     return {
-        "steps": result.steps[place],
+        "steps": answer.steps,
         "nfe": nfe,
-        "new_tokens": new_tokens,
-        "tokens_per_forward": round(new_tokens / nfe, 4) if nfe else 0.0,
-        "seconds": round(seconds, 4),
-        "exact": result.exact,
+        "new_tokens": answer.written,
+        "tokens_per_forward": round(answer.written / nfe, 4) if nfe else 0.0,
+        "seconds": round(answer.seconds - answer.waited, 4),
+        "exact": config.exact,
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from dllm.cli.display import LiveCanvas
-    from dllm.pipelines.llada.generate import SamplingResult
+    from dllm.engine.tickets import Ticket
+    from dllm.pipelines.llada.engine import Engine
 
 EMBEDDED = "builtin:sudoku9"
 
@@ -69,9 +70,13 @@ class Task:
         """
         raise NotImplementedError
 
-    def sample(self, batch: Sequence[Prepared], **extra: Any) -> SamplingResult:
-        """Runs a batch."""
-        raise NotImplementedError
+    def submit(self, engine: Engine, prepared: Prepared, *, watch: bool) -> Ticket:
+        """Puts it in the engine's line; with `watch` its ticket tells of every step.
+
+        Raises:
+            OptionError: it is larger than the engine's memory.
+        """
+        return engine.submit_infilling(prepared.ids, request=prepared.request.row, watch=watch, **self.options)
 
     def answer(self, prepared: Prepared, sequence: Tensor, text: str) -> dict[str, Any]:
         """What is written down of a row, beside its statistics."""
@@ -130,11 +135,6 @@ class Puzzles(Task):
         puzzle = str(request.prompt)
         return Prepared(request, encode_prompt(self.tokenizer, puzzle_text(self.tokenizer, puzzle)), puzzle.count("."))
 
-    def sample(self, batch: Sequence[Prepared], **extra: Any) -> SamplingResult:
-        from dllm.pipelines.llada.generate import infilling
-
-        return infilling(self.model, self.tokenizer, [one.ids for one in batch], **extra, **self.options)
-
     def answer(self, prepared: Prepared, sequence: Tensor, text: str) -> dict[str, Any]:
         from dllm.data.sudoku import is_solution
 
@@ -174,10 +174,8 @@ class Writing(Task):
         asked = _templated(lambda: generation_request(self.model, self.tokenizer, prompt, config, what="The prompt"))
         return Prepared(request, asked.canvas[~asked.masked], int(asked.masked.sum()))
 
-    def sample(self, batch: Sequence[Prepared], **extra: Any) -> SamplingResult:
-        from dllm.pipelines.llada.generate import generate
-
-        return generate(self.model, self.tokenizer, [one.ids for one in batch], **extra, **self.options)
+    def submit(self, engine: Engine, prepared: Prepared, *, watch: bool) -> Ticket:
+        return engine.submit(prepared.ids, request=prepared.request.row, watch=watch, **self.options)
 
     def answer(self, prepared: Prepared, sequence: Tensor, text: str) -> dict[str, Any]:
         return {"text": text}
@@ -231,11 +229,6 @@ class Blanks(Task):
                 f"{request.title[:80]!r} has no blank: write [MASK:3] for three tokens, or {self.mask} for one."
             )
         return Prepared(request, asked.canvas, masks)
-
-    def sample(self, batch: Sequence[Prepared], **extra: Any) -> SamplingResult:
-        from dllm.pipelines.llada.generate import infilling
-
-        return infilling(self.model, self.tokenizer, [one.ids for one in batch], **extra, **self.options)
 
     def answer(self, prepared: Prepared, sequence: Tensor, text: str) -> dict[str, Any]:
         return {"text": text, "spans": [piece for piece, filled in self._parts(prepared, sequence) if filled]}

@@ -151,6 +151,4 @@ CACHES: dict[CacheName, Callable[..., Tensor]] = {
 
 def chosen(config: SamplingConfig) -> Cache:
     """The rule that the settings ask for; they are already checked."""
-    options = config.cache_options
-    rule = partial(CACHES[config.cache], **options)
-    return Cache(rule, exact=config.cache == "none" or options["cache_refresh"] == 1)
+    return Cache(partial(CACHES[config.cache], **config.cache_options), exact=config.exact)

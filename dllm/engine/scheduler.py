@@ -284,6 +284,8 @@ class Scheduler:
     def _join(self, kind: SamplingConfig, tickets: list[Ticket]) -> None:
         if kind not in self._batches:
             self._batches[kind] = Batch(self._network, kind, self.tokens, self._device, reuse=self._reuse(kind))
+        for ticket in tickets:
+            ticket.admit()
         self._batches[kind].add([ticket.request for ticket in tickets], tickets)
 
     def _step(self, kind: SamplingConfig, batch: Batch) -> None:
@@ -297,7 +299,7 @@ class Scheduler:
                 for row, (ticket, taken) in enumerate(zip(tickets, steps, strict=False)):
                     if event is not None and ticket.watched and not ticket.done:
                         ticket.note_step(event, row, taken)
-                self._note_blocks(batch, seen)
+                self._note(batch, seen)
                 done = {progress.name for progress in seen if progress.done}
                 for finished in batch.remove([row for row, ticket in enumerate(tickets) if ticket in done]):
                     self._finish(finished)
@@ -311,11 +313,12 @@ class Scheduler:
         if not len(batch):
             self._drop(kind)
 
-    def _note_blocks(self, batch: Batch, seen: Sequence[Progress]) -> None:
+    def _note(self, batch: Batch, seen: Sequence[Progress]) -> None:
         rows = {name: row for row, name in enumerate(batch.names)}
-        for ticket, start, _ in seen:
+        for progress in seen:
+            ticket = progress.name
             if isinstance(ticket, Ticket) and not ticket.done:
-                ticket.note_blocks(batch, rows[ticket], start)
+                ticket.note_progress(batch, rows[ticket], progress)
 
     def _failed(self, kind: SamplingConfig, tickets: list[Ticket], error: Exception) -> None:
         """A batch is given up; those of its requests that were not alone get another chance."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from dllm.errors import DllmError
 from dllm.sampling.batch import Batch, alike
 from dllm.sampling.policies import POLICIES
-from dllm.sampling.rows import Request, most_in_block
+from dllm.sampling.rows import Progress, Request, most_in_block
 from dllm.sampling.trace import StepEvent
 
 
@@ -37,6 +37,8 @@ class Answer(NamedTuple):
     """From its submission."""
     text: str | None = None
     """What was written after the prompt, up to its end, or the whole filled text of an infilling; None without a tokenizer."""
+    waited: float = 0.0
+    """Seconds of those that it stood in line."""
 
 
 class Cancelled(DllmError):
@@ -78,7 +80,9 @@ class Ticket:
         self._read = read
         self.alone = False
         """Whether it has to be tried by itself, because a batch that it was in failed."""
-        self._began = time.monotonic()
+        self.filled = 0
+        """Masks that are filled so far, as far as the host knows."""
+        self._submitted = self._admitted = time.monotonic()
         self._desk = desk
         self._events: deque[StepEvent | CommittedBlock] = deque()
         self._steps = 0  # that it has told of
@@ -123,13 +127,19 @@ class Ticket:
 
     # --- for the scheduler, which holds its lock
 
+    def admit(self) -> None:
+        """It is a row of a batch from now on."""
+        self._admitted = time.monotonic()
+
     def finish(self, canvas: Tensor, steps: int, written: int) -> None:
         """It is answered; what an early stop left is its last block."""
         request = self.request.grown(len(canvas) - len(self.request.canvas))
         position = request.masked.nonzero()[self._written :, 0]
         if len(position):
             self._events.append(CommittedBlock(position, canvas[position]))
-        self._answer = Answer(canvas, steps, written, time.monotonic() - self._began)
+        self.filled, now = written, time.monotonic()
+        waited = self._admitted - self._submitted
+        self._answer = Answer(canvas, steps, written, now - self._submitted, waited=waited)
 
     def fail(self, error: Exception) -> None:
         """It has come to nothing."""
@@ -141,8 +151,9 @@ class Ticket:
             self._steps = steps
             self._events.append(event.of_row(row)._replace(step=steps - 1))
 
-    def note_blocks(self, batch: Batch, row: int, start: int) -> None:
-        """Its blocks up to place `start` are complete."""
+    def note_progress(self, batch: Batch, row: int, progress: Progress) -> None:
+        """Its row, of this number, has come so far."""
+        self.filled, start = progress.written, progress.start
         if start > self._written:
             assert batch.rows is not None
             position = batch.rows.place_RM[row, self._written : start]

@@ -147,21 +147,22 @@ class Batch:
         """How far the rows are; without waiting for the device, how far they were some steps ago. Once after each step."""
         if self.rows is None:
             return []
-        names, state_2R, event = list(self.names), torch.stack([self.rows.start_R, self.rows.done_R.long()]), None
+        rows, names, event = self.rows, list(self.names), None
+        state_3R = torch.stack([rows.start_R, rows.places_R - rows.open_RL.sum(1), rows.done_R.long()])
         if not self.waits:
-            if state_2R.device.type == "cuda":
-                state_2R = state_2R.to("cpu", non_blocking=True)
+            if state_3R.device.type == "cuda":
+                state_3R = state_3R.to("cpu", non_blocking=True)
                 event = torch.cuda.Event()
                 event.record()
-            self._looks.append((names, state_2R, event))
+            self._looks.append((names, state_3R, event))
             if len(self._looks) <= LAG:
                 return []
-            names, state_2R, event = self._looks.popleft()
+            names, state_3R, event = self._looks.popleft()
             if event is not None:
                 event.synchronize()
         here = set(self.names)
-        found = zip(names, *state_2R.tolist(), strict=True)
-        return [Progress(name, start, bool(done)) for name, start, done in found if name in here]
+        found = zip(names, *state_3R.tolist(), strict=True)
+        return [Progress(name, start, written, bool(done)) for name, start, written, done in found if name in here]
 
     def take_finished(self) -> list[Finished]:
         """The rows that are done leave; without waiting for the device, some steps after they are. Once after each step."""

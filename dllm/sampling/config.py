@@ -236,6 +236,11 @@ class SamplingConfig:
     seed: int = 0
     """Seed of the noise (temperature above 0, random remasking). The noise of a row depends on (seed, request) alone."""
 
+    @property
+    def exact(self) -> bool:
+        """Whether every step computes everything; a cache is an approximation, unless it is refreshed at every step."""
+        return self.cache == "none" or self.cache_options["cache_refresh"] == 1
+
     def __post_init__(self) -> None:
         for name in ("cfg_keep_tokens", "delimiters"):
             tokens = getattr(self, name)

@@ -82,6 +82,8 @@ class Progress(NamedTuple):
     name: Hashable
     start: int
     """Places of the blocks that are complete."""
+    written: int
+    """Masks that are filled."""
     done: bool
 
 

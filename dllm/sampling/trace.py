@@ -130,15 +130,21 @@ class Trace:
 
     @classmethod
     def joined(cls, traces: Iterable[Trace]) -> Trace:
-        """One trace of several runs, the rows of each after those of the run before. Their steps stand beside each other."""
-        whole = cls([])
+        """One trace of several runs, the rows of each after those of the run before; steps of one number are one event."""
+        start: list[Tensor] = []
+        at_step: dict[int, list[StepEvent]] = {}
         for trace in traces:
-            offset = len(whole.start)
-            whole.start += trace.start
-            whole.events += [
-                event._replace(row=event.row + offset, grown_row=event.grown_row + offset) for event in trace.events
-            ]
-        return whole
+            for event in trace.events:
+                moved = event._replace(row=event.row + len(start), grown_row=event.grown_row + len(start))
+                at_step.setdefault(event.step, []).append(moved)
+            start += trace.start
+        return cls(
+            start,
+            [
+                StepEvent(step, *map(torch.cat, list(zip(*events, strict=True))[1:]))
+                for step, events in sorted(at_step.items())
+            ],
+        )
 
 
 def _read(name: str, value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from system.workshop import save_tiny_model
 
-from dllm.cli import batches, display
+from dllm.cli import batches, display, line
 from dllm.cli.main import main
 from dllm.data.sudoku import is_solution, puzzles
 from dllm.pipelines.llada import generate as write
@@ -172,6 +172,7 @@ def test_on_a_terminal_the_grid_fills_step_by_step(
         ([PUZZLE, "--temperature", "-1"], "temperature=-1.0: it is 0 or more"),
         ([PUZZLE, "--steps", "0"], "steps=0: it is a whole number, at least 1"),
         ([PUZZLE, "--batch_size", "0"], "--batch_size 0: it is at least 1"),
+        ([PUZZLE, "--memory_gb", "-1"], "--memory_gb -1.0: it is a number above 0"),
         (["--prompts_file", "absent.txt"], "--prompts_file absent.txt cannot be read: .*No such file"),
         (["--prompts_file", "empty.txt"], "--prompts_file empty.txt holds no prompt"),
         (["--prompts_file", "latin.txt"], "--prompts_file latin.txt cannot be read: .*utf-8"),
@@ -390,6 +391,60 @@ def test_logits_that_are_no_numbers_fail_their_row_of_a_file_alone(
     one, bad, other = map(json.loads, capsys.readouterr().out.splitlines())
     assert "logits are not numbers" in bad["error"]
     assert one["text"] and other["text"]  # noqa: PT018
+
+
+def test_what_only_the_model_finds_fails_alone_whoever_gave_it(
+    model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+
+    def full(_module: object, _args: object, kwargs: dict[str, Any]) -> None:
+        if int(kwargs["position_ids"].max()) >= 40:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    loaded.register_forward_pre_hook(full, with_kwargs=True)
+    monkeypatch.setattr(batches, "load", lambda arguments: (loaded, tokenizer))
+    run = ["--model_name_or_path", model, "--raw", "--gen_length", "4"]
+    expected = records(capsys, *run, *TEXTS[:2])
+    assert main(["generate", *run, TEXTS[0], "word " * 50, TEXTS[1], "--json"]) == 1
+    one, failed, other = map(json.loads, capsys.readouterr().out.splitlines())
+    assert failed["error"] == "CUDA out of memory."
+    assert [one["text"], other["text"]] == [row["text"] for row in expected]
+
+
+def test_a_prompt_that_is_done_makes_room_for_the_next(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two at a time, one of 9 steps among eight of one: as many forwards as the long one takes, and answers in order."""
+    loaded, tokenizer, forwards = load_model(model), load_tokenizer(model), list[int]()
+    loaded.register_forward_pre_hook(lambda *_: forwards.append(1))
+    monkeypatch.setattr(batches, "load", lambda arguments: (loaded, tokenizer))
+    counts = [1, 9, 1, 1, 1, 1, 1, 1, 1]
+    (tmp_path / "t.txt").write_text("".join(f"the [MASK:{count}] sky\n" for count in counts))
+    run = ["infill", "--model_name_or_path", model, "--prompts_file", str(tmp_path / "t.txt"), "--batch_size", "2"]
+    assert main([*run, "--output", str(tmp_path / "a.jsonl")]) == 0
+    rows = lines(tmp_path / "a.jsonl")
+    assert [row["row"] for row in rows] == list(range(9))
+    assert [row["steps"] for row in rows] == counts
+    assert len(forwards) == 9
+    capsys.readouterr()
+    assert main([*run, "--json", "--memory_gb", "1e-9"]) == 1
+    assert all(
+        "the engine has 0.00: shorten" in json.loads(row)["error"] for row in capsys.readouterr().out.splitlines()
+    )
+
+
+def test_a_bar_tells_of_tokens_while_rows_are_written_and_of_rows_when_they_are(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    monkeypatch.setattr(line.Bar, "filled", lambda bar, masks: told.append(bar.before + masks))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    (tmp_path / "t.txt").write_text("".join(f"the [MASK:{count}] sky\n" for count in (2, 4, 1)))
+    run = ["infill", "--model_name_or_path", model, "--prompts_file", str(tmp_path / "t.txt"), "--batch_size", "2"]
+    assert main([*run, "--json"]) == 0
+    assert told == [2, 4, 6, 7]
+    assert "3/3 rows" in CONTROL.sub("", capsys.readouterr().err)
 
 
 def test_on_standard_output_and_for_people_a_bad_prompt_is_told_too(

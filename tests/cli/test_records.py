@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dllm.cli.records import AnswerFile, statistics
 from dllm.cli.requests import Request
+from dllm.engine.tickets import Answer
 from dllm.errors import OptionError
-from dllm.pipelines.llada import SamplingResult
+from dllm.sampling.config import SamplingConfig
 
 SETTINGS = {"command": "generate", "temperature": 0.5, "cfg_keep_tokens": (1, 2)}
 REQUESTS = [Request(row, {"prompt": f"prompt {row}", "id": row * 7}) for row in range(4)]
@@ -32,8 +34,8 @@ def write(path: Path, *rows: int, **changes: Any) -> AnswerFile:
 
 
 def test_a_row_costs_the_forwards_it_took_part_in() -> None:
-    result = SamplingResult([], [], nfe=20, steps=[10, 4, 0], new_tokens=[30, 5, 0])
-    assert statistics(result, 0, 1.23456) == {
+    canvas = torch.zeros(3, dtype=torch.int64)
+    assert statistics(Answer(canvas, 10, 30, seconds=1.73456, waited=0.5), SamplingConfig(cfg_scale=1.0)) == {
         "steps": 10,
         "nfe": 20,
         "new_tokens": 30,
@@ -41,9 +43,8 @@ def test_a_row_costs_the_forwards_it_took_part_in() -> None:
         "seconds": 1.2346,
         "exact": True,
     }
-    second, third = statistics(result, 1, 1.0), statistics(result, 2, 1.0)
-    assert (second["nfe"], second["tokens_per_forward"]) == (8, 0.625)
-    assert (third["nfe"], third["tokens_per_forward"]) == (0, 0.0)
+    nothing = statistics(Answer(canvas, 0, 0, seconds=0.0), SamplingConfig(cache="dual"))
+    assert (nothing["nfe"], nothing["tokens_per_forward"], nothing["exact"]) == (0, 0.0, False)
 
 
 def test_a_row_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:

@@ -220,6 +220,17 @@ def test_a_ticket_may_be_read_late_and_by_default_tells_no_steps() -> None:
 # --- cancelling
 
 
+def test_a_ticket_knows_how_far_it_is_and_how_long_it_stood_in_line() -> None:
+    scheduler = quick(max_rows=1)
+    first, second = (scheduler.submit(request_of([1] + [MASK] * 4, WHOLE, number)) for number in range(2))
+    filled = []
+    while scheduler.step():
+        filled.append((first.filled, second.filled))
+    assert filled == [(1, 0), (2, 0), (3, 0), (4, 0), (4, 1), (4, 2), (4, 3)]
+    assert second.filled == 4
+    assert first.answer().waited < second.answer().waited < second.answer().seconds
+
+
 def test_cancelling_frees_the_row_and_the_place_in_line() -> None:
     scheduler = quick(max_rows=1)
     first, second, third = (scheduler.submit(request_of([1] + [MASK] * 5, WHOLE, n)) for n in range(3))

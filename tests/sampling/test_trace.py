@@ -98,6 +98,8 @@ def test_joined_traces_have_the_rows_one_after_the_other(trace: Trace) -> None:
     assert [frame.tolist() for frame in whole.frames(1)] == [frame.tolist() for frame in trace.frames(0)]
     assert [frame.tolist() for frame in whole.frames(2)] == [frame.tolist() for frame in trace.frames(1)]
     assert [frame.tolist() for frame in whole.frames(4)] == [[M, 1], [2, 1]]
+    steps = [one.step for one in whole.events]
+    assert steps == sorted(set(steps)), "steps of one number are one event"
     assert len(trace.start) == 3, "what is joined stays as it was"
     assert trace.events[0].row.tolist() == [0, 1]
 
