@@ -17,12 +17,13 @@ from dllm.errors import CheckpointError, DataError, DllmError, MissingExtraError
 
 if TYPE_CHECKING:
     from dllm.pipelines.llada.engine import Engine
-    from dllm.pipelines.llada.generate import SamplingResult, generate, infill, infilling
+    from dllm.pipelines.llada.generate import generate, infill, infilling
     from dllm.pipelines.llada.loading import load_model
     from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
     from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
     from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
     from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModelLM
+    from dllm.pipelines.llada.result import SamplingResult
     from dllm.pipelines.llada.tokenizer import load_tokenizer
     from dllm.pipelines.llada.trainer import LLaDATrainer, pretrain, sft
     from dllm.sampling.config import SamplingConfig
@@ -37,7 +38,7 @@ _LAZY = {
     "LLaDAModelLM": "dllm.pipelines.llada.models.modeling_llada",
     "LLaDATrainer": "dllm.pipelines.llada.trainer",
     "SamplingConfig": "dllm.sampling.config",
-    "SamplingResult": "dllm.pipelines.llada.generate",
+    "SamplingResult": "dllm.pipelines.llada.result",
     "generate": "dllm.pipelines.llada.generate",
     "infill": "dllm.pipelines.llada.generate",
     "infilling": "dllm.pipelines.llada.generate",

@@ -4,7 +4,7 @@
     ├── OptionError      an option that does not exist, or a value that it cannot take   (also a ValueError)
     ├── DataError        a data file, a row, a column or a data set name                 (also a ValueError)
     ├── CheckpointError  a model folder, a configuration, a tokenizer                    (also an OSError)
-    ├── NonFiniteError   a loss or a gradient that is NaN or infinite                   (also an ArithmeticError)
+    ├── NonFiniteError   a loss, a gradient or logits that are NaN or infinite         (also an ArithmeticError)
     └── MissingExtraError  an optional package that is not installed                     (also an ImportError)
 
 Each message says what was given, what is allowed and what to do next. The command line prints it without a traceback.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DllmError(Exception):
@@ -33,7 +34,12 @@ class CheckpointError(DllmError, OSError):
 
 
 class NonFiniteError(DllmError, ArithmeticError):
-    """A loss or a gradient of training is NaN or infinite."""
+    """A loss or a gradient of training, or logits of a row that is sampled, are NaN or infinite."""
+
+    rows: tuple[int, ...] = ()
+    """Of many rows that were sampled, those that have no answer."""
+    result: Any = None
+    """What sampling gave, with the answers of all other rows (a `dllm.pipelines.llada.SamplingResult`)."""
 
 
 class MissingExtraError(DllmError, ImportError):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dllm.engine.tickets import Cancelled, Ticket
-from dllm.errors import NonFiniteError, OptionError
+from dllm.errors import OptionError
 from dllm.sampling.batch import Batch
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.network import Network, Reuse
@@ -345,12 +345,8 @@ class Scheduler:
         assert isinstance(ticket, Ticket)
         if ticket.done:  # cancelled while its last step was taken
             return
-        if finished.failed:
-            message = (
-                f"The model's logits are not numbers (NaN or infinite) at step {finished.steps}: its weights may be damaged, or "
-                f"too large for their dtype."
-            )
-            ticket.fail(NonFiniteError(message))
+        if finished.error is not None:
+            ticket.fail(finished.error)
         else:
             ticket.finish(finished.canvas, finished.steps, finished.written)
 

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.data.sudoku import is_solution
-from dllm.pipelines.llada.generate import SamplingResult, infilling
+from dllm.pipelines.llada.generate import infilling
+from dllm.pipelines.llada.result import SamplingResult
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,6 +33,8 @@ class Denoised(NamedTuple):
     written: list[int]
     """Masks that were filled in each row: less than it had where an early stop left some open."""
     trace: Trace | None
+    failed: dict[int, NonFiniteError]
+    """Of the rows whose logits were no numbers; their canvases are what they were before."""
 
 
 def denoise(
@@ -59,11 +61,10 @@ def denoise(
         on_step: called after each step with what it committed (a live display, a stream).
 
     Returns:
-        The filled canvases in the order given, the number of forwards and, if asked, the trace.
+        The filled canvases in the order given, the number of forwards and, if asked, the trace; rows fail alone.
 
     Raises:
         OptionError: fewer steps than blocks.
-        NonFiniteError: the model gave logits that are no numbers.
     """
     asked = list(requests)
     results = [request.canvas.masked_fill(request.masked, tokens.mask) for request in asked]
@@ -72,7 +73,7 @@ def denoise(
     batch = Batch(network, config, tokens, device, reuse=reuse, watch=trace or on_step is not None)
     busy = [row for row, request in enumerate(asked) if bool(request.masked.any())]
     batch.add([asked[row] for row in busy], busy)
-    count = 0
+    count, failed = 0, dict[int, NonFiniteError]()
     while len(batch):
         names: list[Any] = list(batch.names)
         event = batch.step()
@@ -84,11 +85,8 @@ def denoise(
                 on_step(event)
         count += 1
         for row in batch.take_finished():
-            if row.failed:
-                raise NonFiniteError(
-                    f"Row {row.name}: the model's logits are not numbers (NaN or infinite) at step {row.steps}. Its weights may "
-                    f"be damaged, or too large for their dtype: load it with dtype='bfloat16' or 'float32'."
-                )
             assert isinstance(row.name, int)
+            if row.error is not None:
+                failed[row.name] = row.error
             results[row.name], steps[row.name], written[row.name] = row.canvas, row.steps, row.written
-    return Denoised(results, batch.nfe, steps, written, log)
+    return Denoised(results, batch.nfe, steps, written, log, failed)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dllm.errors import OptionError
+from dllm.errors import NonFiniteError, OptionError
 from dllm.sampling.config import SamplingConfig
 
 
@@ -74,6 +74,16 @@ class Finished(NamedTuple):
     """Masks that were filled; less than it had where an early stop left some open."""
     failed: bool
     """The model gave something that is no number; the canvas is what it was before."""
+
+    @property
+    def error(self) -> NonFiniteError | None:
+        """What is wrong, if it failed."""
+        if not self.failed:
+            return None
+        return NonFiniteError(
+            f"The model's logits are not numbers (NaN or infinite) at step {self.steps}: its weights may be damaged, or too "
+            f"large for their dtype (load it as bfloat16 or float32)."
+        )
 
 
 class Progress(NamedTuple):

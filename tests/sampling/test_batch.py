@@ -310,13 +310,17 @@ def test_one_row_that_is_no_number_fails_alone(policy: Any, order: int) -> None:
         assert done[name].canvas.tolist() == tiny.slowly(rows[name], config, name).ids
 
 
-def test_denoise_names_the_row_that_is_no_number() -> None:
-    config = SamplingConfig()
-    asked = [tiny.request_of(row, config) for row in ([1, tiny.MASK], [tiny.BAD, tiny.MASK])]
-    with pytest.raises(
-        NonFiniteError, match=r"Row 1: the model's logits are not numbers \(NaN or infinite\) at step 0"
-    ):
-        denoise(network_of(tiny.damaged_model()), asked, config, tiny.TOKENS)
+def test_denoise_goes_on_with_the_others_where_a_row_is_no_number() -> None:
+    config = SamplingConfig(early_stop=False)
+    rows = [[1, tiny.MASK, tiny.MASK], [tiny.BAD, tiny.MASK], [2, tiny.MASK]]
+    asked = [tiny.request_of(row, config, number) for number, row in enumerate(rows)]
+    done = denoise(network_of(tiny.damaged_model()), asked, config, tiny.TOKENS)
+    assert set(done.failed) == {1}
+    assert isinstance(done.failed[1], NonFiniteError)
+    assert "The model's logits are not numbers (NaN or infinite) at step 0" in str(done.failed[1])
+    assert done.canvases[1].tolist() == rows[1]
+    for number in (0, 2):
+        assert done.canvases[number].tolist() == tiny.slowly(rows[number], config, number).ids
 
 
 def test_a_default_that_is_given_makes_no_other_kind() -> None:

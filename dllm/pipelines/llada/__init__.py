@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 # Imported here and not lazily: a submodule of the same name would otherwise stand where the function should.
 from dllm.pipelines.llada.engine import Engine
-from dllm.pipelines.llada.generate import SamplingResult, generate, infill, infilling
+from dllm.pipelines.llada.generate import generate, infill, infilling
 from dllm.pipelines.llada.loading import best_device, compile_blocks, fresh_model, load_model
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModel, LLaDAModelLM
 from dllm.pipelines.llada.models.modeling_lladamoe import LLaDAMoEModel, LLaDAMoEModelLM
+from dllm.pipelines.llada.result import SamplingResult
 from dllm.pipelines.llada.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

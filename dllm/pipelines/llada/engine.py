@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -14,14 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.engine.buffers import bytes_per_position
-from dllm.engine.caches import chosen
 from dllm.engine.caching import caching
 from dllm.engine.scheduler import Scheduler
-from dllm.engine.tickets import CommittedBlock, Ticket
-from dllm.errors import OptionError
+from dllm.engine.tickets import Answer, CommittedBlock, Ticket
+from dllm.errors import NonFiniteError, OptionError
 from dllm.pipelines.llada.generate import (
     Prompt,
-    SamplingResult,
     answer_text,
     generation_config,
     generation_request,
@@ -29,7 +27,9 @@ from dllm.pipelines.llada.generate import (
     infilling_request,
     network_of,
     special_tokens,
+    whole_text,
 )
+from dllm.pipelines.llada.result import SamplingResult
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.rows import Request
 from dllm.sampling.trace import StepEvent
@@ -133,9 +133,15 @@ class Engine:
         with self._tokenizing:
             return generation_request(self.model, self.tokenizer, prompt, config, number, what)
 
-    def _text(self, tokenizer: PreTrainedTokenizerBase, request: Request, canvas: Tensor) -> str:
+    def _text(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        request: Request,
+        canvas: Tensor,
+        read: Callable[..., str] = answer_text,
+    ) -> str:
         with self._tokenizing:
-            return answer_text(self.model, tokenizer, request, canvas)
+            return read(self.model, tokenizer, request, canvas)
 
     def submit_infilling(
         self, text: str | Sequence[int] | Tensor, *, request: int = 0, watch: bool = False, **options: Any
@@ -144,12 +150,9 @@ class Engine:
         config = infilling_config(**options)
         with self._tokenizing:
             asked = infilling_request(self.model, self.tokenizer, text, config, request)
-        return self.scheduler.submit(asked, watch=watch, read=None if self.tokenizer is None else self._whole_text)
-
-    def _whole_text(self, _: Request, canvas: Tensor) -> str:
-        assert self.tokenizer is not None
-        with self._tokenizing:
-            return self.tokenizer.decode(canvas.tolist(), skip_special_tokens=True)
+        tokenizer = self.tokenizer
+        read = None if tokenizer is None else lambda request, canvas: self._text(tokenizer, request, canvas, whole_text)
+        return self.scheduler.submit(asked, watch=watch, read=read)
 
     def stream(self, prompt: Prompt, *, streamer: Streamer | None = None, **options: Any) -> Iterator[str]:
         """The answer, piece by piece: text comes when the block that it is in is complete, and is final.
@@ -227,16 +230,21 @@ class Engine:
 
         Raises:
             OptionError: see `dllm.generate`, before any work is done; or there are more prompts than `max_waiting` allows.
-            NonFiniteError: the model gave logits that are no numbers.
+            NonFiniteError: see `dllm.generate`.
         """
         config = generation_config(**options)
         asked = [self._request(prompt, config, row, f"prompt {row}") for row, prompt in enumerate(prompts)]
         before = self.scheduler.nfe
-        tickets: list[Ticket] = []
+        tickets, answers, failed = list[Ticket](), list[Answer](), dict[int, NonFiniteError]()
         try:
             for request in asked:
                 tickets.append(self.scheduler.submit(request))
-            answers = [ticket.answer() for ticket in tickets]
+            for row, ticket in enumerate(tickets):
+                try:
+                    answers.append(ticket.answer())
+                except NonFiniteError as error:
+                    failed[row] = error
+                    answers.append(Answer(ticket.request.canvas, 0, 0, 0.0))
         finally:
             for ticket in tickets:
                 ticket.cancel()
@@ -251,8 +259,8 @@ class Engine:
             steps=[answer.steps for answer in answers],
             new_tokens=[answer.written for answer in answers],
             branches=config.branches,
-            exact=chosen(config).exact,
-        )
+            exact=config.exact,
+        ).whole(failed)
 
     def close(self) -> None:
         """Cancels what is left, and frees the rows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,47 +11,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.engine.caching import caching
 from dllm.errors import CheckpointError, OptionError
+from dllm.pipelines.llada.result import SamplingResult
 from dllm.sampling.blanks import expand_blanks
 from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
 from dllm.sampling.network import Network, Pass
 from dllm.sampling.proposals import Proposals
 from dllm.sampling.rows import Request, SpecialTokens, check_steps
-from dllm.sampling.trace import StepEvent, Trace
+from dllm.sampling.trace import StepEvent
 
 Prompt = str | Sequence[int] | Tensor | Sequence[Mapping[str, str]]
 """Text, token ids, or a conversation (a list of {"role", "content"})."""
-
-
-@dataclass(frozen=True)
-class SamplingResult:
-    """What sampling gives back, one entry a row, in the order of the inputs."""
-
-    sequences: list[Tensor]
-    """int64 [length] each: prompt and answer, or the filled canvas; untrimmed."""
-    texts: list[str]
-    """The answer (generate: up to its first end token) or the whole filled text (infilling). Empty without a tokenizer."""
-    nfe: int
-    """Forwards of the network, those of guidance included."""
-    steps: list[int]
-    """Denoising steps of each row."""
-    new_tokens: list[int]
-    """Masks that were filled in each row; those that an early stop left open do not count."""
-    trace: Trace | None = None
-    """Every step, if it was asked for."""
-    branches: int = 1
-    """Forwards that a step counts: 2 with guidance."""
-    exact: bool = True
-    """Whether every step computed everything; a cache is an approximation, see docs/sampling.md."""
-
-    @property
-    def tokens_per_forward(self) -> float:
-        """Tokens written a row and forward, the mean over rows: 1 is one at a time."""
-        a_step = self.branches
-        written = [
-            tokens / (steps * a_step) for tokens, steps in zip(self.new_tokens, self.steps, strict=True) if steps
-        ]
-        return sum(written) / len(written) if written else 0.0
 
 
 def generate(
@@ -83,7 +52,7 @@ def generate(
     Raises:
         OptionError: an unknown option, a value out of range, `block_length` or `steps` above `gen_length`, an empty prompt,
             or one that leaves no room for the answer in the model's context.
-        NonFiniteError: the model gave logits that are no numbers.
+        NonFiniteError: the model gave logits that are no numbers; once all other rows are done, and with their answers.
     """
     config = generation_config(**options)
     numbers = _numbers(prompts, requests)
@@ -91,11 +60,7 @@ def generate(
         generation_request(model, tokenizer, prompt, config, number, f"prompt {row}")
         for row, (prompt, number) in enumerate(zip(prompts, numbers, strict=True))
     ]
-    result = _run(model, tokenizer, asked, config, trace, on_step)
-    if tokenizer is None:
-        return result
-    pairs = zip(asked, result.sequences, strict=True)
-    return replace(result, texts=[answer_text(model, tokenizer, request, canvas) for request, canvas in pairs])
+    return _run(model, tokenizer, asked, config, trace, on_step, answer_text)
 
 
 def infilling(
@@ -125,17 +90,14 @@ def infilling(
     Raises:
         OptionError: an unknown option, a value out of range, `gen_length` or a rule of an answer's length, or an input longer
             than the model's context.
-        NonFiniteError: the model gave logits that are no numbers.
+        NonFiniteError: the model gave logits that are no numbers; once all other rows are done, and with their answers.
     """
     config = infilling_config(**options)
     asked = [
         infilling_request(model, tokenizer, item, config, number, f"input {row}")
         for row, (item, number) in enumerate(zip(inputs, _numbers(inputs, requests), strict=True))
     ]
-    result = _run(model, tokenizer, asked, config, trace, on_step)
-    if tokenizer is None:
-        return result
-    return replace(result, texts=[tokenizer.decode(x.tolist(), skip_special_tokens=True) for x in result.sequences])
+    return _run(model, tokenizer, asked, config, trace, on_step, whole_text)
 
 
 def generation_request(
@@ -207,6 +169,13 @@ def answer_text(
     answer = [int(token) for token in canvas[int((~request.masked).sum()) :]]
     stop = next((place for place, token in enumerate(answer) if token in ends), len(answer))
     return tokenizer.decode(answer[:stop], skip_special_tokens=True)
+
+
+def whole_text(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request: Request, canvas: Sequence[int] | Tensor
+) -> str:
+    """The text of a canvas, what was given and what was filled in; decoded without special tokens."""
+    return tokenizer.decode([int(token) for token in canvas], skip_special_tokens=True)
 
 
 def infilling_config(**options: Any) -> SamplingConfig:
@@ -293,6 +262,7 @@ def _run(
     config: SamplingConfig,
     trace: bool,
     on_step: Callable[[StepEvent], None] | None,
+    read: Callable[[PreTrainedModel, PreTrainedTokenizerBase, Request, Tensor], str],
 ) -> SamplingResult:
     """The loop with LLaDA's ids, and the model in evaluation mode while it runs."""
     tokens, reuse = special_tokens(model, tokenizer), caching(config, model)
@@ -304,8 +274,12 @@ def _run(
         )
     finally:
         model.train(was_training)
-    exact = reuse is None or reuse.exact
-    return SamplingResult(done.canvases, [], done.nfe, done.steps, done.written, done.trace, config.branches, exact)
+    texts = []
+    if tokenizer is not None:
+        texts = [read(model, tokenizer, *pair) for pair in zip(asked, done.canvases, strict=True)]
+    return SamplingResult(
+        done.canvases, texts, done.nfe, done.steps, done.written, done.trace, config.branches, config.exact
+    ).whole(done.failed)
 
 
 def network_of(model: PreTrainedModel) -> Network:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import re
 import threading
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -385,8 +385,20 @@ def test_weights_that_are_no_numbers_are_an_error_of_the_requests_that_meet_them
     assert (
         good.answer().canvas.tolist() == llada.generate(damaged, TOKENIZER, ["1"], gen_length=4).sequences[0].tolist()
     )
-    with pytest.raises(NonFiniteError):
-        engine.generate(["2", "1!", "3"], gen_length=4)
+    asked = ["2", "1!", "3", "!"]
+    text = f"1{MASK * 2}"
+    alone = [llada.generate(damaged, TOKENIZER, [asked[row]], gen_length=4, requests=[row]) for row in (0, 2)]
+    for sampler in (engine.generate, partial(llada.generate, damaged, TOKENIZER)):
+        with pytest.raises(
+            NonFiniteError, match=r"Rows 1, 3 of 4: The model's logits .* in this error's `result`"
+        ) as caught:
+            sampler(asked, gen_length=4)
+        assert caught.value.rows == (1, 3)
+        assert [caught.value.result.texts[row] for row in (0, 2)] == [one.texts[0] for one in alone]
+        assert [caught.value.result.steps[row] for row in (0, 2)] == [one.steps[0] for one in alone]
+    with pytest.raises(NonFiniteError, match="Row 1 of 2: ") as caught:
+        llada.infilling(damaged, TOKENIZER, [text, f"!{MASK}"])
+    assert caught.value.result.texts[0] == llada.infilling(damaged, TOKENIZER, [text]).texts[0]
     assert idle(engine)
 
 
