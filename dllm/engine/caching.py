@@ -52,9 +52,10 @@ class Caching(Reuse):
         """See `Reuse.plan`."""
         return CachedRows(self.buffers, row_T, position_T, tokens_P, lengths_P, visible_TL)
 
-    def admit(self, rows: int, positions: int) -> None:
+    def admit(self, rows: int, positions: int, room: tuple[int, int] | None = None) -> None:
         """See `Reuse.admit`."""
-        self.buffers.reserve(rows, positions, exact=True)
+        if rows > self.buffers.rows or positions > self.buffers.length:
+            self.buffers.reserve(*(room or (rows, positions)), exact=True)
         # a hidden position has weight 0, and 0 times what is no number is none either: nothing is left of who was there before
         self.buffers.erase(range(self.rows, rows))
         self.rows = rows

@@ -245,13 +245,27 @@ class Scheduler:
             self._batches.pop(kind, None)
             self._rooms.pop(kind, None)
 
-    def _room(self, tickets: Sequence[Ticket], held: _Room | None) -> _Room:
-        """What these rows take up as one batch; a cache keeps what it holds where they fit in it."""
+    def _room(self, tickets: Sequence[Ticket], held: _Room | None, spare: float = 0) -> _Room:
+        """What these rows take up as one batch; a cache keeps what it holds where they fit in it.
+
+        Args:
+            tickets: of the rows.
+            held: what their batch takes up now.
+            spare: memory up to which a cache may take more than that: rows that join one by one shall not each make it copy
+                all that it holds, so it doubles.
+        """
         rows = sum(ticket.rows for ticket in tickets)
         positions = max(ticket.length for ticket in tickets) + max(ticket.shadow for ticket in tickets)
-        if held is not None and tickets[0].kind.cache != "none" and rows <= held.rows and positions <= held.positions:
-            return held
-        return _Room(rows, positions, rows * positions * tickets[0].bytes_per_position)
+        each = tickets[0].bytes_per_position
+        if held is not None and tickets[0].kind.cache != "none":
+            if rows <= held.rows and positions <= held.positions:
+                return held
+            longer = held.positions if positions <= held.positions else max(positions, held.positions * 3 // 2)
+            most = held.rows if rows <= held.rows else max(rows, min(2 * held.rows, self.max_rows))
+            more = int(min(most, spare // max(1, longer * each)))
+            if more >= rows:
+                return _Room(more, longer, more * longer * each)
+        return _Room(rows, positions, rows * positions * each)
 
     def _admit(self) -> None:
         """Takes from the head of the line what fits; one that does not fit waits, and those behind it with it."""
@@ -264,9 +278,9 @@ class Scheduler:
         while self._waiting:
             ticket = self._waiting.popleft()
             kind = ticket.kind
-            room = self._room([*running.get(kind, []), ticket], rooms.get(kind))
-            needs = sum(other.bytes for of, other in rooms.items() if of != kind) + room.bytes
-            if rows + ticket.rows > self.max_rows or needs > self.max_bytes or (ticket.alone and rows):
+            left = self.max_bytes - sum(other.bytes for of, other in rooms.items() if of != kind)
+            room = self._room([*running.get(kind, []), ticket], rooms.get(kind), left)
+            if rows + ticket.rows > self.max_rows or room.bytes > left or (ticket.alone and rows):
                 self._waiting.appendleft(ticket)
                 break
             rows, rooms[kind] = rows + ticket.rows, room
@@ -286,7 +300,8 @@ class Scheduler:
             self._batches[kind] = Batch(self._network, kind, self.tokens, self._device, reuse=self._reuse(kind))
         for ticket in tickets:
             ticket.admit()
-        self._batches[kind].add([ticket.request for ticket in tickets], tickets)
+        room = self._rooms[kind]
+        self._batches[kind].add([ticket.request for ticket in tickets], tickets, (room.rows, room.positions))
 
     def _step(self, kind: SamplingConfig, batch: Batch) -> None:
         tickets, before = _tickets(batch), batch.nfe

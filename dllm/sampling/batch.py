@@ -120,8 +120,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.names)
 
-    def add(self, requests: Sequence[Request], names: Sequence[Hashable]) -> None:
+    def add(self, requests: Sequence[Request], names: Sequence[Hashable], room: tuple[int, int] | None = None) -> None:
         """Rows join; they take part from the next step on.
+
+        Args:
+            requests: theirs.
+            names: what they are called in what the batch tells.
+            room: rows of a forward, and positions, that a cache makes room for; by default what these and the others need.
 
         Raises:
             OptionError: fewer steps than blocks.
@@ -136,7 +141,7 @@ class Batch:
         if self.reuse is not None:
             shadow = max(map(most_in_block, self.requests)) if "verified" in self._needs else 0
             positions = max(request.most_positions for request in self.requests)
-            self.reuse.admit(len(self.rows) * self.branches, positions + shadow)
+            self.reuse.admit(len(self.rows) * self.branches, positions + shadow, room)
 
     @property
     def _reach(self) -> int:

@@ -58,8 +58,10 @@ class Reuse(Protocol):
         each token is to see of its row alone.
         """
 
-    def admit(self, rows: int, positions: int) -> None:
-        """Makes room for this many rows of this many positions, all that there are; rows that are there stay."""
+    def admit(self, rows: int, positions: int, room: tuple[int, int] | None = None) -> None:
+        """Makes room for this many rows of this many positions, all that there are; rows that are there stay. Where that takes
+        new memory, for as many as `room` says: others are expected.
+        """
 
     def keep(self, index_P: list[int]) -> None:
         """The rows of these numbers stay, in this order."""

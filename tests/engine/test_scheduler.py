@@ -18,6 +18,7 @@ from reference import tiny
 from reference.predictor import HashPredictor, as_network
 from reference.tiny import EOS, MASK, TOKENS, request_of
 
+from dllm.engine.buffers import KeyValues
 from dllm.engine.caching import Caching, caching
 from dllm.engine.scheduler import Scheduler
 from dllm.engine.tickets import Cancelled, CommittedBlock, Ticket
@@ -382,10 +383,10 @@ def test_what_is_told_is_not_told_again_when_a_batch_begins_anew() -> None:
 
 def test_a_cache_that_finds_no_memory_fails_nobody_else() -> None:
     class Small(Caching):
-        def admit(self, rows: int, positions: int) -> None:
+        def admit(self, rows: int, positions: int, room: tuple[int, int] | None = None) -> None:
             if positions > 10:
                 raise torch.OutOfMemoryError("no memory for that")
-            super().admit(rows, positions)
+            super().admit(rows, positions, room)
 
     def small(config: SamplingConfig) -> Caching | None:
         made = caching(config, tiny.tiny_model())
@@ -529,6 +530,34 @@ def test_the_buffers_stay_within_the_budget(data: st.DataObject) -> None:
         assert canvas(ticket) == alone(ticket.request)
     assert most[0] > 0
     assert idle(scheduler)
+
+
+@pytest.mark.parametrize(("max_bytes", "rows_held"), [(float("inf"), [1, 2, 4, 8, 8]), (60, [1, 2, 4, 6])])
+def test_rows_that_join_one_by_one_make_new_buffers_few_times(
+    max_bytes: float, rows_held: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And never ones beyond the budget; the last row but one of those that have room is longer than all before."""
+    held: list[tuple[int, int]] = []
+    reserve = KeyValues.reserve
+
+    def noted(buffers: KeyValues, *args: Any, **kwargs: Any) -> bool:
+        anew = reserve(buffers, *args, **kwargs)
+        if anew:
+            held.append((buffers.rows, buffers.length))
+        return anew
+
+    monkeypatch.setattr(KeyValues, "reserve", noted)
+    scheduler = real(max_rows=8, max_bytes=max_bytes, bytes_per_position=lambda _: 1)
+    dual = replace(WHOLE, cache="dual")
+    tickets = []
+    for number in range(8):
+        length = 12 if number == 6 and max_bytes > 100 else 9
+        tickets.append(scheduler.submit(request_of([1] * 2 + [MASK] * (length - 2), dual, number)))
+        scheduler.step()
+        assert all(rows * positions <= max_bytes for rows, positions in held)
+    assert [rows for rows, _ in held] == rows_held
+    for ticket in tickets[::3]:
+        assert canvas(ticket) == alone(ticket.request)
 
 
 def test_rows_wait_for_memory() -> None:
