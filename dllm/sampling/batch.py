@@ -298,7 +298,12 @@ class Batch:
             rows.ids_RL[row_N, position_N] if shadowed else None,
             self.rules.watched,
         )
-        options: dict[str, Any] = {"branches": self.branches, "mask": self.tokens.mask, "reuse": self.reuse}
+        options: dict[str, Any] = {
+            "branches": self.branches,
+            "mask": self.tokens.mask,
+            "reuse": self.reuse,
+            "waits": self.waits,
+        }
         if shadowed:
             width = int((rows.end_R - rows.start_R).max()) if self.rules.wide else reach
             block = look(rows, width)
@@ -309,7 +314,7 @@ class Batch:
             work = pack_with_shadow(rows, row_N, position_N, shadows, compute_RL, **options)
         else:
             lengths_P = [size.length for size in self._sizes for _ in range(self.branches)]
-            work = pack(rows, row_N, position_N, lengths_P, compute_RL, **options, waits=self.waits)
+            work = pack(rows, row_N, position_N, lengths_P, compute_RL, **options)
         found = self.network(work, lambda head, hidden_MD: propose(head, hidden_MD, question))
         return spread(found, sureness(found, keys, self.config, self._ends), asked_RW, row_N, w_N)
 

@@ -84,10 +84,12 @@ def pack_with_shadow(
     branches: int,
     mask: int,
     reuse: Reuse | None,
+    waits: bool,
 ) -> Pass:
-    """Every row, and after it a mask for each place of its block: a shadow that sees all but the token in its place.
+    """Every row, and after it masks for the committed places of its block: shadows that see all but the token in their place.
 
-    The row does not see its shadow. Committed places of the block are read from the shadow, all others from the row.
+    The row does not see its shadows. Committed places of the block are read from the shadow, all others from the row. Where
+    the host must not wait for the device, and without a cache, every place of the block has one.
 
     Args:
         rows: see `pack`.
@@ -98,6 +100,7 @@ def pack_with_shadow(
         branches: see `pack`.
         mask: see `pack`.
         reuse: see `pack`.
+        waits: see `pack`.
 
     Source: WINO, arXiv:2507.18578.
     """
@@ -106,23 +109,31 @@ def pack_with_shadow(
     shadow_PW = shadows.place_RW.repeat_interleave(branches, 0)
     ids_PQ = torch.cat([ids_PL, torch.full_like(shadow_PW, mask)], 1)
     position_PQ = torch.cat([torch.arange(L, device=device).expand(P, L), shadow_PW], 1)
+    at_N = torch.where(shadows.shadow_N < 0, position_N, L + shadows.shadow_N)
     visible_PQQ = torch.zeros(P, L + W, L + W, dtype=torch.bool, device=device)
     visible_PQQ[:, :, :L] = rows.real_RL.repeat_interleave(branches, 0)[:, None]
     visible_PQQ[:, L:, :L] &= torch.arange(L, device=device) != shadow_PW[:, :, None]
     visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=device)
-    at_N = torch.where(shadows.shadow_N < 0, position_N, L + shadows.shadow_N)
-    if reuse is None or compute_RL is None:
+    if reuse is None and not waits:
         wanted_M = torch.cat([(row_N * branches + branch) * (L + W) + at_N for branch in range(branches)])
         tokens_P = [L + W] * P
         shadowed = RaggedRows(tokens_P, device, visible_PQQ[:, None])
         return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, shadowed, tokens_P)
-    # the shadow's keys and values lie behind the row's; only committed places need one
-    compute_PQ = torch.cat([compute_RL, shadows.needed_RW], 1).repeat_interleave(branches, 0)
+    # with a cache the shadow's keys and values lie behind the row's; only committed places need one
+    compute_RQ = torch.cat([rows.real_RL if compute_RL is None else compute_RL, shadows.needed_RW], 1)
+    compute_PQ = compute_RQ.repeat_interleave(branches, 0)
     row_T, place_T = compute_PQ.nonzero(as_tuple=True)
     order_PQ = (compute_PQ.flatten().cumsum(0) - 1).view(P, L + W)
     wanted_M = torch.cat([order_PQ[row_N * branches + branch, at_N] for branch in range(branches)])
     tokens_P = compute_PQ.sum(1).tolist()
-    plan = reuse.plan(row_T, place_T, tokens_P, [L + W] * P, visible_PQQ[row_T, place_T])
+    plan: AttentionPlan
+    if reuse is not None:
+        plan = reuse.plan(row_T, place_T, tokens_P, [L + W] * P, visible_PQQ[row_T, place_T])
+    else:
+        packed_PQ = (~compute_PQ).long().argsort(dim=1, stable=True)[:, : max(tokens_P)]
+        row_P1 = torch.arange(P, device=device)[:, None]
+        seen_PQQ = visible_PQQ[row_P1[:, None], packed_PQ[:, :, None], packed_PQ[:, None]]
+        plan = RaggedRows(tokens_P, device, seen_PQQ[:, None] if bool(shadows.needed_RW.any()) else None)
     return Pass(ids_PQ[row_T, place_T], position_PQ[row_T, place_T], wanted_M, plan, tokens_P)
 
 

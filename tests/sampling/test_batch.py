@@ -288,6 +288,49 @@ def test_what_an_early_stop_leaves_is_filled_with_an_end_even_if_that_is_no_end_
     assert (done.canvases[0].tolist(), done.steps) == ([1, 7, 7, 7, 7, 7], [1])
 
 
+@pytest.mark.parametrize("branches", [1, 2])
+def test_only_tokens_that_are_to_be_verified_have_a_shadow(branches: int) -> None:
+    """Policy wino takes as many positions more as its blocks hold tokens that it committed."""
+    config = SamplingConfig(policy="wino", threshold=0.9, block_length=3, cfg_scale=float(branches - 1))
+    rows, passes, committed = [[1] + [tiny.MASK] * 6, [2] * 3 + [tiny.MASK] * 4], [], []
+    run = network_of(tiny.tiny_model())
+
+    def spied(work: Pass, readout: Any) -> Proposals:
+        state = batch.rows
+        assert state is not None
+        block_RM = torch.arange(state.place_RM.shape[1])
+        block_RM = (block_RM >= state.start_R[:, None]) & (block_RM < state.end_R[:, None])
+        tokens_RM = block_RM & ~state.open_RL.gather(1, state.place_RM)
+        committed.append((state.length_R + tokens_RM.sum(1)).repeat_interleave(branches).tolist())
+        passes.append(work.tokens_P)
+        return run(work, readout)
+
+    batch = Batch(spied, config, tiny.TOKENS, "cpu")
+    batch.add([tiny.request_of(row, config, number) for number, row in enumerate(rows)], range(2))
+    while len(batch):
+        batch.step()
+        batch.take_finished()
+    assert passes == committed
+    assert passes[0] == [7] * 2 * branches
+    assert max(map(max, passes)) == 9
+
+
+def test_klass_keeps_what_was_predicted_of_the_masks_of_the_blocks_and_no_more() -> None:
+    config = SamplingConfig(policy="klass", threshold=0.1, kl_threshold=2.0, block_length=4)
+    batch = Batch(network_of(tiny.tiny_model()), config, tiny.TOKENS, "cpu")
+    batch.add([tiny.request_of([1] * n + [tiny.MASK] * 12, config, n) for n in range(2)], range(2))
+    for _ in range(3):
+        state = batch.rows
+        assert state is not None
+        places_RM = torch.arange(state.place_RM.shape[1])
+        block_RM = (places_RM >= state.start_R[:, None]) & (places_RM < state.end_R[:, None])
+        masks = int((block_RM & state.open_RL.gather(1, state.place_RM)).sum())
+        batch.step()
+        kept = batch._before.log_p_NV
+        assert kept is not None
+        assert kept.shape == (masks, tiny.V)
+
+
 # --- what is no number
 
 
