@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
         "llada": "LLaDA's",
         "none": "none",
     }
-    print(f"{done.parameters:,} parameters")
+    print(f"{done.parameters:,} parameters, {done.rows:,} rows of embedding")
     print(f"mask           {done.mask.token} ({done.mask.id}, {done.mask.how})")
     print(f"end of text    {done.eos}")
     print(f"end of turn    {done.eot or 'the same'}")

@@ -44,6 +44,8 @@ class Adaptation:
     model_type: str
     """Of the source."""
     parameters: int
+    rows: int
+    """Of the embedding."""
     mask: MaskToken
     eos: str
     """End of document."""
@@ -131,6 +133,7 @@ def adapt(
         folder=output,
         model_type=theirs.model_type,
         parameters=sum(p.numel() for p in model.parameters()),
+        rows=int(config.embedding_size or 0),
         mask=mask,
         eos=tokenizer.eos_token,
         eot=getattr(tokenizer, "eot_token", None),

@@ -133,7 +133,7 @@ def _check_types(path: Path, header: GGUFHeader) -> None:
         except (ValueError, KeyError, NotImplementedError) as error:
             raise CheckpointError(
                 f"{path} holds {name} in the quantisation {names.get(number, number)}, which the package gguf "
-                f"{importlib.metadata.version('gguf')} cannot read: take another file of the model, such as its Q8_0, F16 or BF16."
+                f"{importlib.metadata.version('gguf')} cannot read: take another file of the model, such as its Q8_0 or F16."
             ) from error
     end = path.stat().st_size - header.data_start
     for name, (number, weights, place) in header.tensors.items():
