@@ -26,7 +26,7 @@ from dllm.errors import CheckpointError
 from dllm.pipelines.llada.adaptable import refuse_features
 from dllm.pipelines.llada.checkpoint_files import hub_folder, is_hub_id, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
-from dllm.pipelines.llada.gguf_files import check_gguf
+from dllm.pipelines.llada.gguf_files import GGUFHeader, check_gguf, gguf_config
 from dllm.pipelines.llada.loading import first_line, refuse_misfits
 
 PUBLIC_NAMES = {
@@ -58,6 +58,8 @@ class Source:
     """A folder or a hub id."""
     gguf_file: str | None = None
     """A file in it, where the checkpoint is one."""
+    header: GGUFHeader | None = None
+    """Of that file."""
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -100,8 +102,7 @@ def find_source(name: str | Path, gguf_file: str | None = None) -> Source:
     if not (path / gguf_file).is_file():
         there = ", ".join(sorted(file.name for file in path.glob("*.gguf"))) or "none"
         raise CheckpointError(f"There is no file {str(path / gguf_file)!r}; GGUF files there: {there}.")
-    check_gguf(path / gguf_file)
-    return Source(name, str(path), gguf_file)
+    return Source(name, str(path), gguf_file, check_gguf(path / gguf_file))
 
 
 def _downloaded(name: str, gguf_file: str) -> Path:
@@ -120,7 +121,10 @@ def read_config(source: Source) -> PreTrainedConfig:
     import dllm.pipelines.llada.models.configuration_llada  # noqa: F401  so that a LLaDA checkpoint is known as one
 
     try:
-        config = AutoConfig.from_pretrained(**source.reading)
+        if source.header is not None:
+            config = gguf_config(source.header, source.name)
+        else:
+            config = AutoConfig.from_pretrained(**source.reading)
     except CheckpointError:
         raise
     except (OSError, ValueError, TypeError, KeyError, StrictDataclassError) as error:

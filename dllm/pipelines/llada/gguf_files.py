@@ -11,9 +11,10 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from transformers import AutoConfig, PreTrainedConfig
 
 from dllm.errors import CheckpointError, MissingExtraError
 from dllm.pipelines.llada.adaptable import BIASED, refusal
@@ -38,10 +39,32 @@ FEATURES = {
 }
 """Part of a tensor's name -> what it stands for."""
 
+CONFIG_KEYS = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+}
+"""Key of the architecture -> transformers' key."""
+OPTIONAL_KEYS = {
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "rope.dimension_count": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST = 1 << 24
 """Bytes of a string, beyond which a file is taken to be damaged: templates have thousands."""
+
+
+class Entries(NamedTuple):
+    """What is kept of an array."""
+
+    count: int
 
 
 @dataclass(frozen=True)
@@ -51,7 +74,7 @@ class GGUFHeader:
     architecture: str
     """In llama.cpp's spelling, such as llama or qwen2."""
     metadata: dict[str, Any]
-    """Key -> value; an array's value is its number of entries."""
+    """Key -> value."""
     tensors: dict[str, tuple[int, int, int]]
     """Name -> (number of its type, weights, place in the data in bytes)."""
     data_start: int
@@ -89,8 +112,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         )
 
 
-def check_gguf(path: Path) -> None:
-    """Whether a GGUF file can be read and its weights have a place in LLaDA's dense block; in a moment, by its header.
+def check_gguf(path: Path) -> GGUFHeader:
+    """The header of a GGUF file that can be read, and whose weights have a place in LLaDA's dense block.
 
     Raises:
         CheckpointError: they have none, or the file is damaged.
@@ -115,6 +138,38 @@ def check_gguf(path: Path) -> None:
             feature = next((what for part, what in FEATURES.items() if part in name), "a tensor of its own")
             raise refusal(str(path), feature, "tensor", name)
     _check_types(path, header)
+    return header
+
+
+def gguf_config(header: GGUFHeader, name: str) -> PreTrainedConfig:
+    """The configuration that a file's header gives.
+
+    transformers makes the same, and reads the whole vocabulary to do so: seconds for each 50,000 tokens.
+
+    Args:
+        header: of `check_gguf`.
+        name: of the file, for errors.
+
+    Raises:
+        CheckpointError: a size is missing.
+    """
+    values = {ours: header.of_model(key) for key, ours in CONFIG_KEYS.items()}
+    for key, ours in CONFIG_KEYS.items():
+        if not isinstance(values[ours], int | float):
+            raise CheckpointError(
+                f"{name} does not say its {key}, or one for each layer: dllm reads files with one for all."
+            )
+    found = {ours: header.of_model(key) for key, ours in OPTIONAL_KEYS.items()}
+    if header.architecture != "llama":  # elsewhere transformers' model takes no width of heads
+        del found["head_dim"]
+    _, weights, _ = header.tensors.get("token_embd.weight", (0, 0, 0))
+    return AutoConfig.for_model(
+        header.architecture,
+        vocab_size=weights // values["hidden_size"],
+        tie_word_embeddings="output.weight" not in header.tensors,
+        **values,
+        **{key: value for key, value in found.items() if isinstance(value, int | float)},
+    )
 
 
 def _check_types(path: Path, header: GGUFHeader) -> None:
@@ -158,7 +213,7 @@ def _value(file: BinaryIO, kind: int) -> Any:
             file.seek(_number(file, "Q"), 1)
     else:
         file.seek(count * struct.calcsize(f"<{_SCALARS[inner]}"), 1)
-    return count
+    return Entries(count)
 
 
 def _tensor(file: BinaryIO) -> tuple[str, tuple[int, int, int]]:

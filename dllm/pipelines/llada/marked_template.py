@@ -45,7 +45,7 @@ _TEMPLATE = """\
 {{%- set content = message['content'] | trim if role in {trimmed} else message['content'] -%}}
 {{{{- before[at.place][role] -}}}}
 {{%- if role == 'assistant' -%}}
-{{% generation %}}{{{{ content + {turn_end} }}}}{{% endgeneration %}}
+{{% generation %}}{{{{ {lead} + content + {turn_end} }}}}{{% endgeneration %}}
 {{%- else -%}}
 {{{{- content -}}}}
 {{%- endif -%}}
@@ -74,7 +74,8 @@ def source_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def mark_template(tokenizer: PreTrainedTokenizerBase) -> MarkedTemplate | None:
-    """A template that renders as the tokenizer's, with what the assistant says marked, its end-of-turn included.
+    """A template that renders as the tokenizer's, with what the assistant says marked, its end-of-turn included: all that the
+    model writes behind the prompt for an answer.
 
     It has roles system, user and assistant, where the source has them; tools are not carried over.
 
@@ -103,14 +104,23 @@ def mark_template(tokenizer: PreTrainedTokenizerBase) -> MarkedTemplate | None:
         return None
     before["assistant"] = {role: text.removeprefix(turn_end) for role, text in before["assistant"].items()}
     after["assistant"] = after["assistant"].removeprefix(turn_end)
-    asked = source.pieces(["user"], prompt=True)
-    trimmed = source.trimmed_roles()
+    asked, trimmed = source.pieces(["user"], prompt=True), source.trimmed_roles()
     if asked is None or not asked[-1].startswith(after["user"]) or trimmed is None:
         return None
+    # what stands between the prompt for an answer and its words is written by the model: it is marked with them
+    lead = before["user"]["assistant"].removeprefix(asked[-1]) if "assistant" in before["user"] else ""
+    if lead == before["user"].get("assistant"):
+        lead = ""
+    if not all(roles.get("assistant", lead).endswith(lead) for roles in before.values()):
+        return None
+    for roles in before.values():
+        if "assistant" in roles:
+            roles["assistant"] = roles["assistant"].removesuffix(lead)
     text = _TEMPLATE.format(
         before=_literal(before),
         after=_literal(after),
         trimmed=_literal(trimmed),
+        lead=ascii(lead),
         turn_end=ascii(turn_end),
         prompt=ascii(asked[-1].removeprefix(after["user"])),
     )

@@ -12,10 +12,11 @@ import pytest
 import torch
 from pipelines.llada.test_adaptation import WORDS, V, causal_logits, some_ids
 from reference import autoregressive
+from transformers import AutoConfig
 
 from dllm.errors import CheckpointError, MissingExtraError
 from dllm.pipelines import llada
-from dllm.pipelines.llada.gguf_files import check_gguf, read_gguf_header
+from dllm.pipelines.llada.gguf_files import check_gguf, gguf_config, read_gguf_header
 
 gguf = pytest.importorskip("gguf")
 
@@ -62,14 +63,36 @@ def test_the_header_says_what_the_package_reads(small: Path) -> None:
     header, reader = read_gguf_header(small), gguf.GGUFReader(small)
     assert header.architecture == "llama"
     assert header.of_model("attention.head_count_kv") == 2
-    assert header.metadata["tokenizer.ggml.tokens"] == V
+    assert header.metadata["tokenizer.ggml.tokens"].count == V
     start = min(int(tensor.data_offset) for tensor in reader.tensors)
     assert header.data_start == start
     assert header.tensors == {
         tensor.name: (int(tensor.tensor_type), int(tensor.n_elements), int(tensor.data_offset) - start)
         for tensor in reader.tensors
     }
-    check_gguf(small)
+    assert check_gguf(small) == header
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_the_configuration_is_the_one_that_transformers_reads(model_type: str, tmp_path: Path) -> None:
+    theirs = autoregressive.model(model_type, V + 3, tie_word_embeddings=model_type == "qwen2")
+    file = autoregressive.write_gguf(tmp_path / "a.gguf", theirs, WORDS)
+    found, slow = gguf_config(check_gguf(file), "a.gguf"), AutoConfig.from_pretrained(tmp_path, gguf_file=file.name)
+    named = {f"{name}_token_id" for name in ("bos", "eos", "pad", "unk")}  # the tokenizer says those
+    for key, value in slow.to_dict().items():
+        if key not in named | {"_model_name_or_path"}:
+            assert getattr(found, key) == value, key
+
+
+def test_a_size_that_the_header_does_not_say_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"a\.gguf does not say its embedding_length"):
+        llada.adapt(tmp_path / "a.gguf", tmp_path / "out")
 
 
 MORE: list[tuple[str, dict[str, Any], str]] = [

@@ -89,7 +89,8 @@ def test_text_is_equal_and_answers_are_marked(name: str) -> None:
     answers = [message["content"] for message in talk if message["role"] == "assistant"]
     if name == "llama 3":
         answers = [answer.strip() for answer in answers]
-    assert words.decode(said) == "".join(answer + marked.turn_end for answer in answers)
+    blank = " " if name == "mistral" else ""  # its prompt ends before the blank: the model writes it
+    assert words.decode(said) == "".join(blank + answer + marked.turn_end for answer in answers)
 
 
 def test_a_role_that_the_source_refuses_is_refused() -> None:
