@@ -209,7 +209,7 @@ def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     if "{% generation %}" not in str(tokenizer.chat_template):
         raise CheckpointError(
             "The tokenizer's chat template is missing or does not mark the assistant's words with {% generation %}: fine-tune "
-            "a checkpoint whose tokenizer has LLaDA's chat markers."
+            "a checkpoint whose tokenizer has LLaDA's chat markers, or write a marked template into its chat_template.jinja."
         )
 
 

@@ -22,7 +22,7 @@ def dense_logits(tensors: Tensors, config: Any, ids_BL: Tensor, mask_BL: Tensor 
         block = {name.split(f"blocks.{i}.")[1]: t for name, t in tensors.items() if f"blocks.{i}." in name}
         h = rms_norm(x, block["attn_norm.weight"], config.rms_norm_eps)
         q, k, v = (
-            split_heads(linear(h, block[f"{name}_proj.weight"]), heads)
+            split_heads(linear(h, block[f"{name}_proj.weight"], block.get(f"{name}_proj.bias")), heads)
             for name, heads in (("q", config.n_heads), ("k", config.n_kv_heads), ("v", config.n_kv_heads))
         )
         q, k = rotary(q, config.rope_theta), rotary(k, config.rope_theta)

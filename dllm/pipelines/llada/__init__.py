@@ -8,6 +8,7 @@ Use:
     llada.infilling(model, tokenizer, inputs, ...)
     llada.Engine(model, tokenizer).stream(prompt, ...)
     llada.pretrain([...]), llada.sft([...])
+    llada.adapt("Qwen/Qwen2.5-0.5B", "models/qwen")
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 # Imported here and not lazily: a submodule of the same name would otherwise stand where the function should.
+from dllm.pipelines.llada.adaptation import adapt
 from dllm.pipelines.llada.engine import Engine
 from dllm.pipelines.llada.generate import generate, infill, infilling
 from dllm.pipelines.llada.loading import best_device, compile_blocks, fresh_model, load_model
@@ -39,6 +41,7 @@ __all__ = [
     "LLaDAModelLM",
     "LLaDATrainer",
     "SamplingResult",
+    "adapt",
     "best_device",
     "compile_blocks",
     "fresh_model",

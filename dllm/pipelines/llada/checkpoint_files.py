@@ -1,4 +1,5 @@
-"""The files of a checkpoint folder: that they are there, whole and safetensors, before a weight is read.
+"""The files of a checkpoint folder: that they are there, whole and safetensors, before a weight is read; and written whole or
+not at all.
 
 A safetensors file begins with the length of its header (8 bytes) and the header, JSON that gives each tensor's dtype, shape
 and place; so names, shapes and the size that the file must have are known without reading a tensor.
@@ -7,12 +8,16 @@ and place; so names, shapes and the size that the file must have are known witho
 from __future__ import annotations
 
 import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from dllm.errors import CheckpointError
+from dllm.errors import CheckpointError, OptionError
 
 HUB_OPTIONS = ("revision", "token", "cache_dir")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -48,6 +53,50 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise CheckpointError(f"{index} says that {name} holds {absent[0]}, and it does not: copy both again.")
         found |= header
     return found
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a hub id, OWNER/NAME; a folder may have it too."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "[" not in name
+
+
+def check_free(output: Path) -> None:
+    """Whether a checkpoint may be written there.
+
+    Raises:
+        OptionError: something is there already.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OptionError(f"{output} is not empty: name a folder that does not exist.")
+
+
+def check_shard_size(size: str) -> None:
+    """Whether it is one that `save_pretrained` reads.
+
+    Raises:
+        OptionError: it is not.
+    """
+    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", size):
+        raise OptionError(f"max_shard_size {size!r}: write a number and KB, MB, GB or TB, such as 5GB.")
+
+
+@contextmanager
+def written_whole(output: Path) -> Iterator[Path]:
+    """The folder `NAME.partial` to write into, which is given its name at the end; an error deletes it.
+
+    Args:
+        output: a folder that does not exist or is empty.
+    """
+    partial = output.with_name(output.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if output.exists():
+        output.rmdir()
+    partial.rename(output)
 
 
 def hub_folder(name: str, **options: Any) -> Path:

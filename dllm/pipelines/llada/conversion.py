@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import warnings
 from pathlib import Path
 
@@ -11,7 +9,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from dllm.errors import CheckpointError, OptionError
 from dllm.layers.adapters import attach, base_of, import_peft, merged, read_quantisation
-from dllm.pipelines.llada.checkpoint_files import hub_folder
+from dllm.pipelines.llada.checkpoint_files import check_free, check_shard_size, hub_folder, written_whole
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.loading import adapter_folder, load_model
 from dllm.pipelines.llada.tokenizer import load_tokenizer
@@ -45,10 +43,8 @@ def convert(
         MissingExtraError: peft is needed and not installed.
     """
     output = Path(output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OptionError(f"{output} is not empty: name a folder that does not exist.")
-    if not re.fullmatch(r"\d+(\.\d+)?[KMGT]B", max_shard_size):
-        raise OptionError(f"max_shard_size {max_shard_size!r}: write a number and KB, MB, GB or TB, such as 5GB.")
+    check_free(output)
+    check_shard_size(max_shard_size)
     own = adapter_folder(name_or_path)
     if own is not None and adapter is not None:
         raise OptionError(f"{name_or_path!r} is an adapter itself: leave the other adapter, {adapter!r}, out.")
@@ -63,18 +59,11 @@ def convert(
     except CheckpointError as error:
         warnings.warn(f"Only the model is written: {error}", stacklevel=2)
         tokenizer = None
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with written_whole(output) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if output.exists():
-        output.rmdir()
-    return partial.rename(output)
+    return output
 
 
 def _merged(name_or_path: str, adapter: str, dtype: str) -> PreTrainedModel:

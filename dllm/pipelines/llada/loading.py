@@ -21,7 +21,7 @@ from transformers.utils import cached_file
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
 from dllm.layers.adapters import SETTINGS, attach, base_of, is_adapter, merged, read_quantisation
-from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, read_header, tensor_headers
+from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, is_hub_id, read_header, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.models.configuration_llada import IMPLEMENTED, LLaDAConfig, is_mixture
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
@@ -78,7 +78,7 @@ def load_model(name_or_path: str | Path, *, keep_adapter: bool = False, **kwargs
         shapes = {name: shape for name, (_, shape) in headers.items()}
         asked = public_shapes(config)
         wrong = {n: (shapes[n], shape) for n, shape in asked.items() if shapes.get(n, shape) != shape}
-        _refuse_misfits(name_or_path, wrong, asked.keys() - shapes.keys(), folder)
+        refuse_misfits(name_or_path, wrong, asked.keys() - shapes.keys(), folder)
     try:
         model, report = AutoModelForMaskedLM.from_pretrained(
             str(folder),
@@ -89,9 +89,9 @@ def load_model(name_or_path: str | Path, *, keep_adapter: bool = False, **kwargs
             **{**kwargs, "ignore_mismatched_sizes": True},
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise CheckpointError(f"The weights of {name_or_path!r} could not be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"The weights of {name_or_path!r} could not be loaded: {first_line(error)}") from error
     mismatched = {name: (tuple(stored), tuple(asked)) for name, stored, asked in report["mismatched_keys"]}
-    _refuse_misfits(name_or_path, mismatched, report["missing_keys"])
+    refuse_misfits(name_or_path, mismatched, report["missing_keys"])
     return model.eval()
 
 
@@ -124,7 +124,7 @@ def adapter_folder(name_or_path: str | Path, **hub: Any) -> Path | None:
     path = resolve(name_or_path)
     if Path(path).is_dir():
         return Path(path) if is_adapter(Path(path)) else None
-    if path.count("/") != 1 or path.startswith((".", "/", "~")) or "[" in path:
+    if not is_hub_id(path):
         return None
     quietly = {
         f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")
@@ -162,13 +162,13 @@ def public_shapes(config: LLaDAConfig | LLaDAMoEConfig) -> dict[str, tuple[int, 
     return {name: tuple(t.shape) for name, t in tensors.items() if name not in model.all_tied_weights_keys}
 
 
-def _refuse_misfits(
+def refuse_misfits(
     checkpoint: str,
     mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]],
     missing: Collection[str],
     folder: Path | None = None,
 ) -> None:
-    """Raises if there are any.
+    """Raises a CheckpointError if there are any.
 
     Args:
         checkpoint: its name.
@@ -222,8 +222,7 @@ def load_config(name_or_path: str | Path, **hub: Any) -> LLaDAConfig | LLaDAMoEC
     name_or_path = str(name_or_path)
     path = resolve(name_or_path)
     local = Path(path)
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1 or "[" in path
-    if looks_local and not local.is_dir():
+    if not is_hub_id(path) and not local.is_dir():
         presets = f" or a preset to pretrain from ({', '.join(PRESETS)})" if path.count("/") == 0 else ""
         raise CheckpointError(
             f"There is no model folder {name_or_path!r} (taken from {Path.cwd()}). Give the folder of a checkpoint, a hub id "
@@ -237,9 +236,9 @@ def load_config(name_or_path: str | Path, **hub: Any) -> LLaDAConfig | LLaDAMoEC
         raise
     except (OSError, ValueError, TypeError) as error:  # TypeError: a string where a number should stand
         raise CheckpointError(
-            f"{name_or_path!r} is no folder here, and the hub gave no configuration for it: {_first_line(error)}"
+            f"{name_or_path!r} is no folder here, and the hub gave no configuration for it: {first_line(error)}"
             if not local.is_dir()
-            else f"The configuration of {name_or_path!r} cannot be read: {_first_line(error)}"
+            else f"The configuration of {name_or_path!r} cannot be read: {first_line(error)}"
         ) from error
     if not isinstance(config, LLaDAConfig | LLaDAMoEConfig):
         raise CheckpointError(
@@ -320,5 +319,6 @@ def _number(text: str) -> bool | int | float | None:
     return None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its name where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -26,6 +26,8 @@ SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, EOT)
 MASK_SPELLINGS = (MASK, "<|mask|>", "[MASK]")
 """How mask tokens are spelt where a tokenizer does not declare one."""
 
+GENERATION = "{% generation %}"
+"""What stands before the assistant's words in a chat template that says which they are."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -65,7 +67,10 @@ def load_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokeniz
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:
-    """Names the special tokens, makes each one token, and gives the chat template if there is none of LLaDA's.
+    """Names the special tokens, makes each one token, and gives LLaDA's chat template where its markers are in the vocabulary
+    and the template there is does not mark what the assistant says.
+
+    An end of turn that the tokenizer names itself stays.
 
     Raises:
         CheckpointError: no end-of-text or no mask token.
@@ -91,11 +96,19 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrain
     markers = next((family for family in (dense, mixture) if vocabulary.keys() >= set(family)), ())
     if any(len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1 for marker in markers):
         tokenizer.add_special_tokens({"extra_special_tokens": list(markers)}, replace_extra_special_tokens=False)
-    if markers == dense:
+    if markers == dense and GENERATION not in str(tokenizer.chat_template):
         tokenizer.chat_template = CHAT_TEMPLATE
-    if markers:
-        tokenizer.eot_token, tokenizer.eot_token_id = markers[-1], vocabulary[markers[-1]]
+    if markers and getattr(tokenizer, "eot_token_id", None) is None:
+        name_end_of_turn(tokenizer, markers[-1])
     return tokenizer
+
+
+def name_end_of_turn(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    """Makes a token of the vocabulary `eot_token`; it is written with the tokenizer, and there again when that is loaded."""
+    tokenizer.init_kwargs["eot_token"] = (
+        token  # tokenizer_config.json's; transformers reads any KEY_token there as a name
+    )
+    tokenizer.eot_token, tokenizer.eot_token_id = token, tokenizer.convert_tokens_to_ids(token)
 
 
 def char_tokenizer() -> PreTrainedTokenizerBase:

@@ -127,7 +127,7 @@ WRONG: list[tuple[str, Any]] = [
     ("clip_qkv", 8.0),
     ("embedding_dropout", 0.1),
     ("include_bias", True),
-    ("include_qkv_bias", True),
+    ("include_qkv_bias", "yes"),
     ("input_emb_norm", True),
     ("layer_norm_type", "default"),
     ("layer_norm_with_affine", False),

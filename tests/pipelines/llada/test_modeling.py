@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from golden import cases
+from reference.models import dense_logits
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModel, AutoModelForMaskedLM, PreTrainedTokenizerBase
@@ -262,6 +263,32 @@ def test_the_table_has_embedding_size_rows_where_that_differs_from_the_vocabular
     model = small(vocab_size=60, embedding_size=64)
     assert model.get_input_embeddings().weight.shape == (64, 64)
     assert model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 64)
+
+
+def test_queries_keys_and_values_may_have_biases(tmp_path: Path) -> None:
+    model = small(include_qkv_bias=True, n_kv_heads=2).eval()
+    biases = {key: p for key, p in model.named_parameters() if key.endswith("bias")}
+    assert {key.split(".", 4)[4] for key in biases} == {"q_proj.bias", "k_proj.bias", "v_proj.bias"}
+    assert len(biases) == 9
+    assert not any(p.any() for p in biases.values())  # they start at nothing
+    for bias in biases.values():
+        bias.normal_()
+    ids = torch.tensor([[1, 2, 3, 4, 5], [7, 8, 9, 0, 0]])
+    real = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    expected = dense_logits(model.state_dict(), model.config, ids, real)
+    assert_near(model(ids, attention_mask=real).logits[real.bool()], expected[real.bool()])
+    model.save_pretrained(tmp_path)
+    again = llada.load_model(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["include_qkv_bias"] is True
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_gradients_reach_the_biases() -> None:
+    model = small(include_qkv_bias=True)
+    model(torch.tensor([[1, 2, 3, 4, 5]])).logits.square().mean().backward()
+    assert all(
+        p.grad is not None and p.grad.any() for key, p in model.named_parameters() if key.endswith("q_proj.bias")
+    )
 
 
 @pytest.mark.parametrize("weight_tying", [False, True])

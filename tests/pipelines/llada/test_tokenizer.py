@@ -23,6 +23,7 @@ from dllm.pipelines.llada.tokenizer import (
     SPECIAL_TOKENS,
     bpe_tokenizer,
     char_tokenizer,
+    name_end_of_turn,
     prepare_tokenizer,
 )
 
@@ -166,6 +167,18 @@ def test_a_saved_tokenizer_loads_the_same(tokenizer: PreTrainedTokenizerBase, tm
     assert ids_of(again, text) == ids_of(tokenizer, text)
     assert again.decode(ids_of(again, text)) == tokenizer.decode(ids_of(tokenizer, text))
     assert llada.load_tokenizer(tmp_path).get_vocab() == again.get_vocab()
+
+
+def test_a_template_and_an_end_of_turn_of_its_own_stay(tmp_path: Path) -> None:
+    own = base_like((*SPECIAL_TOKENS, "<|done|>"), (MASK, EOT))
+    own.chat_template = (
+        "{% for m in messages %}{% generation %}{{ m['content'] }}<|done|>{% endgeneration %}{% endfor %}"
+    )
+    name_end_of_turn(own, "<|done|>")
+    own.save_pretrained(tmp_path)
+    again = llada.load_tokenizer(tmp_path)
+    assert (again.eot_token, again.eot_token_id) == ("<|done|>", own.get_vocab()["<|done|>"])
+    assert again.chat_template == own.chat_template
 
 
 def test_a_base_tokenizer_is_repaired(tmp_path: Path) -> None:

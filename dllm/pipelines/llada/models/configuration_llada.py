@@ -19,7 +19,7 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "activation_type": ("silu",),
     "clip_qkv": (None,),
     "include_bias": (False, None),
-    "include_qkv_bias": (False, None),
+    "include_qkv_bias": (False, None, True),
     "input_emb_norm": (False, None),
     "layer_norm_type": ("rms",),
     "layer_norm_with_affine": (True, None),
@@ -93,6 +93,7 @@ class LLaDAConfig(PreTrainedConfig):
     weight_tying: bool = False
     init_fn: str = "mitchell"
     init_std: float = 0.02
+    include_qkv_bias: bool = False
     use_cache: bool = False
     mask_token_id: int | None = 126336
     bos_token_id: int | None = None

@@ -36,9 +36,9 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.scaling = config.head_dim**-0.5
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         self.attn_norm = RMSNorm(d_model, config.rms_norm_eps)
-        self.q_proj = nn.Linear(d_model, d_model, bias=False)
-        self.k_proj = nn.Linear(d_model, kv_width, bias=False)
-        self.v_proj = nn.Linear(d_model, kv_width, bias=False)
+        self.q_proj = nn.Linear(d_model, d_model, bias=config.include_qkv_bias)
+        self.k_proj = nn.Linear(d_model, kv_width, bias=config.include_qkv_bias)
+        self.v_proj = nn.Linear(d_model, kv_width, bias=config.include_qkv_bias)
         self.attn_out = nn.Linear(d_model, d_model, bias=False)
         self.ff_norm = RMSNorm(d_model, config.rms_norm_eps)
         self.ff_proj = nn.Linear(d_model, hidden, bias=False)
@@ -81,6 +81,8 @@ class LLaDAPreTrainedModel(PreTrainedModel):
                 layer = getattr(module, "writes_in_layer", None)
                 std = self.config.d_model**-0.5 if layer is None else (2 * module.in_features * (layer + 1)) ** -0.5
             init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                init.zeros_(module.bias)
 
 
 class LLaDAModel(LLaDAPreTrainedModel):

@@ -1,0 +1,130 @@
+"""What LLaDA asks of an autoregressive model's tokenizer: a mask token, an end of the document, an end of the turn, a marked
+chat template.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from dllm.errors import CheckpointError, OptionError, did_you_mean
+from dllm.pipelines.llada.marked_template import Rendering, mark_template, source_template
+from dllm.pipelines.llada.tokenizer import MASK_SPELLINGS, name_end_of_turn
+
+RESERVED = re.compile(r"[<\[].*(reserved|unused).*[>\]]", re.IGNORECASE)
+"""Tokens that stand in a vocabulary for nothing yet, such as <|reserved_special_token_0|> or [unused1]."""
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
+"""How the end of a document is spelt where end-of-turn took its place as `eos_token`."""
+MASK_CHOICES = ("auto", "reserved", "append")
+
+
+@dataclass(frozen=True)
+class MaskToken:
+    """Which token became the mask."""
+
+    token: str
+    id: int
+    how: str
+    """declared: the source had a mask; reserved: a token that stood for nothing; appended: a new one; named: by the user."""
+
+    @property
+    def untrained(self) -> bool:
+        """Whether no training ever gave its row of the embedding a meaning."""
+        return self.how in ("reserved", "appended")
+
+
+def choose_mask(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") -> MaskToken:
+    """Gives a tokenizer its mask token, in place.
+
+    Args:
+        tokenizer: a source's.
+        wanted: "reserved" takes the first reserved token; "append" adds one behind the vocabulary; "auto" keeps a mask that is
+            declared, else does the first where it can, else the second; anything else is the text of a token to take.
+
+    Raises:
+        CheckpointError: "reserved", and no token is.
+        OptionError: a text that is not one token of the vocabulary, or one that has another meaning.
+    """
+    vocabulary = tokenizer.get_vocab()
+    reserved = sorted((id_, token) for token, id_ in vocabulary.items() if RESERVED.fullmatch(token))
+    if wanted in ("auto", "append") and tokenizer.mask_token_id is not None:
+        return MaskToken(tokenizer.mask_token, tokenizer.mask_token_id, "declared")
+    if wanted == "reserved" and not reserved:
+        raise CheckpointError(
+            "The tokenizer has no spare id: no token of its vocabulary is reserved or unused by its name. Write --mask_token "
+            "append for a new one, or --mask_token TOKEN for one that the model can do without."
+        )
+    if wanted not in MASK_CHOICES:
+        _check_named(tokenizer, wanted)
+        token, how = wanted, "named"
+    elif reserved and wanted != "append":
+        token, how = reserved[0][1], "reserved"
+    else:
+        token, how = next(name for name in (*MASK_SPELLINGS, "<|dllm_mask|>") if name not in vocabulary), "appended"
+    tokenizer.add_special_tokens({"mask_token": token})
+    return MaskToken(token, int(tokenizer.convert_tokens_to_ids(token)), how)
+
+
+def _check_named(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
+    if token not in tokenizer.get_vocab():
+        close = did_you_mean(token, map(str, tokenizer.added_tokens_decoder.values()))
+        raise OptionError(
+            f"--mask_token {token!r} is no token of the vocabulary: write one that is, or auto, reserved or append."
+            f"{close if 'Did you mean' in close else ''}"
+        )
+    for name in ("bos", "eos", "eot", "pad"):
+        if token == getattr(tokenizer, f"{name}_token", None):
+            raise OptionError(f"--mask_token {token!r} is the tokenizer's {name}_token: the mask needs one of its own.")
+
+
+def choose_ends(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Gives a tokenizer its end of document (`eos_token`), end of turn (`eot_token`) and marked template, in place.
+
+    Tuned models often call the end of a turn their `eos_token`; LLaDA knows both. What ends the assistant's turns in the chat
+    template is the end of the turn. Where it is the source's `eos_token`, the end of the document is the token of the vocabulary
+    that is called so, if there is one; without one, one token is both. Padding is the source's, or the end of the document where
+    the source pads with the end of a turn.
+
+    Returns:
+        What became of the chat template: "marked" for the source's with marks, "source" for one that could not be marked, "none".
+
+    Raises:
+        CheckpointError: there is no end of anything.
+    """
+    if tokenizer.eos_token is None:
+        raise CheckpointError(
+            "The source's tokenizer has no end-of-text token (eos_token): LLaDA joins and pads with it."
+        )
+    theirs, template, marked = str(tokenizer.eos_token), source_template(tokenizer), mark_template(tokenizer)
+    turn = marked.turn_end.strip() if marked is not None else None
+    if template is not None and marked is None and _ends_turns(tokenizer, template, theirs):
+        turn = theirs
+    document = theirs
+    if turn == theirs:
+        vocabulary = tokenizer.get_vocab()
+        declared = [getattr(tokenizer, f"{name}_token") for name in ("pad", "unk", "bos")]
+        known = [*(token for token in declared if token in DOCUMENT_ENDS), *DOCUMENT_ENDS]
+        document = next((token for token in known if token in vocabulary and token != turn), theirs)
+    if document != theirs:
+        tokenizer.add_special_tokens({"eos_token": document})
+    if tokenizer.pad_token in (None, turn):
+        tokenizer.pad_token = document
+    if turn is not None and turn != document:
+        name_end_of_turn(tokenizer, turn)
+    if marked is not None:
+        tokenizer.chat_template = marked.text
+        return "marked"
+    if template is None:
+        return "none"
+    if document != theirs and "eos_token" in template:
+        template = f"{{%- set eos_token = {theirs!a} -%}}{template}"
+    tokenizer.chat_template = template
+    return "source"
+
+
+def _ends_turns(tokenizer: PreTrainedTokenizerBase, template: str, token: str) -> bool:
+    """Whether a conversation that the assistant ended ends with the token."""
+    text = Rendering(tokenizer, template).text(("user", "assistant"), ("a", "b"))
+    return text is not None and text.rstrip().endswith(token)

@@ -1,0 +1,177 @@
+"""GGUF files: whole ones are adapted as they read, and what cannot be is refused by their header."""
+
+from __future__ import annotations
+
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pipelines.llada.test_adaptation import WORDS, V, causal_logits, some_ids
+from reference import autoregressive
+from transformers import AutoConfig
+
+from dllm.errors import CheckpointError, MissingExtraError
+from dllm.pipelines import llada
+from dllm.pipelines.llada.gguf_files import check_gguf, gguf_config, read_gguf_header
+
+gguf = pytest.importorskip("gguf")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return autoregressive.write_gguf(tmp_path / "small.gguf", autoregressive.model("llama", V), WORDS)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [
+        ("llama", "F32"),
+        ("qwen2", "Q8_0"),
+        *(
+            pytest.param(m, k, marks=pytest.mark.slow)
+            for m, k in (("llama", "F16"), ("llama", "Q8_0"), ("qwen2", "F32"))
+        ),
+    ],
+)
+def test_a_gguf_file_is_the_model_that_was_written(model_type: str, kind: str, tmp_path: Path) -> None:
+    theirs = autoregressive.model(model_type, V, tie_word_embeddings=kind != "F32")
+    file = autoregressive.write_gguf(tmp_path / "small.gguf", theirs, WORDS, kind)
+    done = llada.adapt(tmp_path, tmp_path / "out", gguf_file=file.name)
+    number = gguf.GGMLQuantizationType[kind]
+    with torch.no_grad():
+        for parameter in theirs.parameters():  # what quantisation leaves of the matrices
+            if parameter.dim() > 1:
+                packed = gguf.quantize(parameter.numpy(), number)
+                parameter.copy_(torch.from_numpy(np.array(gguf.dequantize(packed, number))))
+        expected = theirs(some_ids()).logits
+    model, words = llada.load_model(done.folder), llada.load_tokenizer(done.folder)
+    assert model.dtype == torch.float32
+    # llama.cpp's order of queries and keys is undone, and blocks of Q8_0 are cut in that order
+    rounded = 0.05 if (model_type, kind) == ("llama", "Q8_0") else 2e-5
+    found = causal_logits(model, some_ids())[..., :V]
+    torch.testing.assert_close(found, expected, rtol=0, atol=rounded * float(expected.abs().max()))
+    text = "<|im_start|>user\nthe cat ate 12 hats<|im_end|>\n"
+    assert words(text)["input_ids"] == WORDS(text)["input_ids"]
+    assert (done.eos, done.eot, done.mask.id, done.chat_template) == ("<|endoftext|>", "<|im_end|>", V, "marked")
+
+
+def test_the_header_says_what_the_package_reads(small: Path) -> None:
+    header, reader = read_gguf_header(small), gguf.GGUFReader(small)
+    assert header.architecture == "llama"
+    assert header.of_model("attention.head_count_kv") == 2
+    assert header.metadata["tokenizer.ggml.tokens"].count == V
+    start = min(int(tensor.data_offset) for tensor in reader.tensors)
+    assert header.data_start == start
+    assert header.tensors == {
+        tensor.name: (int(tensor.tensor_type), int(tensor.n_elements), int(tensor.data_offset) - start)
+        for tensor in reader.tensors
+    }
+    assert check_gguf(small) == header
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_the_configuration_is_the_one_that_transformers_reads(model_type: str, tmp_path: Path) -> None:
+    theirs = autoregressive.model(model_type, V + 3, tie_word_embeddings=model_type == "qwen2")
+    file = autoregressive.write_gguf(tmp_path / "a.gguf", theirs, WORDS)
+    found, slow = gguf_config(check_gguf(file), "a.gguf"), AutoConfig.from_pretrained(tmp_path, gguf_file=file.name)
+    named = {f"{name}_token_id" for name in ("bos", "eos", "pad", "unk")}  # the tokenizer says those
+    for key, value in slow.to_dict().items():
+        if key not in named | {"_model_name_or_path"}:
+            assert getattr(found, key) == value, key
+
+
+def test_a_size_that_the_header_does_not_say_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(CheckpointError, match=r"a\.gguf does not say its embedding_length"):
+        llada.adapt(tmp_path / "a.gguf", tmp_path / "out")
+
+
+MORE: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"llama.rope.scaling.type": "yarn"}, r"another scale \(rope\.scaling\.type='yarn'\)"),
+    (
+        "llama",
+        {"tensor:rope_freqs.weight": np.ones(4, np.float32)},
+        r"Llama 3\.1 and later .*tensor='rope_freqs\.weight'",
+    ),
+    ("llama", {"llama.expert_count": 8}, r"a mixture of experts \(expert_count=8\)"),
+    ("llama", {"llama.attention.sliding_window": 64}, r"a sliding window \(attention\.sliding_window=64\)"),
+    ("llama", {"tensor:blk.0.attn_q.bias": np.ones(32, np.float32)}, r"biases that .*tensor='blk\.0\.attn_q\.bias'"),
+    ("qwen2", {"tensor:blk.0.attn_q_norm.weight": np.ones(8, np.float32)}, r"QK norm\) \(tensor='blk\.0\.attn_q_norm"),
+    ("llama", {"tensor:other.weight": np.ones(8, np.float32)}, r"a tensor of its own \(tensor='other\.weight'\)"),
+    ("llama", {"split.count": 3}, r"is one part of several: put them together with  llama-gguf-split --merge"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "extra", "message"), MORE)
+def test_what_the_block_has_not_is_refused_by_the_header(
+    model_type: str, extra: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    file = autoregressive.write_gguf(tmp_path / "a.gguf", autoregressive.model(model_type, V), WORDS, extra=extra)
+    with pytest.raises(CheckpointError, match=message):
+        llada.adapt(file, tmp_path / "out")
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "gemma2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(
+        CheckpointError, match="of the architecture 'gemma2': of GGUF files, dllm adapts llama and qwen2"
+    ):
+        llada.adapt(tmp_path / "a.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("number", "name"), [(15, "Q8_K"), (77, "77")])
+def test_a_quantisation_that_cannot_be_read_is_named(number: int, name: str, small: Path) -> None:
+    content = bytearray(small.read_bytes())
+    place = content.index(b"output_norm.weight") + len("output_norm.weight")
+    assert struct.unpack_from("<I", content, place)[0] == 1  # one dimension; then its size, then the type
+    struct.pack_into("<I", content, place + 12, number)
+    small.write_bytes(content)
+    with pytest.raises(
+        CheckpointError, match=rf"holds output_norm\.weight in the quantisation {name}, which the package gguf"
+    ):
+        llada.adapt(small, small.parent / "out")
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        (0, "is cut short or damaged"),
+        (20, "is cut short or damaged"),
+        (4000, "is cut short"),
+        (-9, "ends behind the file's end"),
+    ],
+)
+def test_a_file_that_is_cut_short(keep: int, message: str, small: Path) -> None:
+    small.write_bytes(small.read_bytes()[: keep or 0])
+    with pytest.raises(CheckpointError, match=message):
+        llada.adapt(small, small.parent / "out")
+
+
+def test_no_gguf_file_at_all(small: Path) -> None:
+    small.write_bytes(b"PK" + small.read_bytes()[2:])
+    with pytest.raises(CheckpointError, match="is no GGUF file: it does not begin with GGUF"):
+        llada.adapt(small, small.parent / "out")
+    small.write_bytes(b"GGUF" + struct.pack("<IQQ", 9, 0, 0))
+    with pytest.raises(CheckpointError, match="is of version 9 of GGUF; versions 2 and 3 can be read"):
+        llada.adapt(small, small.parent / "out")
+
+
+def test_without_the_package_the_extra_is_named(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(
+        MissingExtraError, match=r"Reading small\.gguf needs the package 'gguf': run  pip install 'dllm\[gguf\]'"
+    ):
+        llada.adapt(small, small.parent / "out")
