@@ -27,9 +27,9 @@ from dllm.pipelines.llada.generate import (
     generation_request,
     infilling_config,
     infilling_request,
-    network_of,
     special_tokens,
 )
+from dllm.pipelines.llada.network import network_of
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.rows import Request
 from dllm.sampling.trace import StepEvent
