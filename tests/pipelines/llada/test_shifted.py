@@ -191,17 +191,26 @@ def test_sampling_learns_it_from_the_configuration(model: llada.LLaDAModelLM) ->
 # --- training
 
 
-def test_it_trains_in_packed_rows_and_is_sampled_from(tmp_path: Path) -> None:
+def pretrained(folder: Path) -> str:
     fresh = ["--config_overrides", f"{SHAPE},shift_logits=true", "--document_masks", "True"]
-    llada.pretrain([*PRETRAIN, *fresh, "--max_steps", "2", "--output_dir", str(tmp_path / "pt")])
-    final = tmp_path / "pt" / "checkpoint-final"
-    tuning = ["--model_name_or_path", str(final), "--packing", "True", "--max_steps", "2"]
-    llada.sft([*SFT, *tuning, "--output_dir", str(tmp_path / "sft")])
-    final = tmp_path / "sft" / "checkpoint-final"
-    model, tokenizer = llada.load_model(str(final)), llada.load_tokenizer(str(final))
+    short = ["--max_steps", "1", "--eval_strategy", "no", "--save_strategy", "no"]
+    llada.pretrain([*PRETRAIN, *fresh, *short, "--output_dir", str(folder)])
+    return str(folder / "checkpoint-final")
+
+
+def test_it_trains_with_document_masks_and_is_sampled_from(tmp_path: Path) -> None:
+    final = pretrained(tmp_path / "pt")
+    model, tokenizer = llada.load_model(final), llada.load_tokenizer(final)
     assert model.config.shift_logits is True
     options: dict[str, Any] = dict(gen_length=6, block_length=3, cache="dual")
     prompts = ["1+1=", "12+30=", "7"]
     together = llada.generate(model, tokenizer, prompts, **options)
     with llada.Engine(model, tokenizer, max_rows=2) as engine:
         assert engine.generate(prompts, **options).texts == together.texts
+
+
+@pytest.mark.slow
+def test_it_trains_on_packed_conversations(tmp_path: Path) -> None:
+    tuning = ["--model_name_or_path", pretrained(tmp_path / "pt"), "--packing", "True", "--max_steps", "2"]
+    llada.sft([*SFT, *tuning, "--output_dir", str(tmp_path / "sft")])
+    assert llada.load_model(str(tmp_path / "sft" / "checkpoint-final")).config.shift_logits is True
