@@ -29,6 +29,7 @@ from dllm.sampling.rows import Request, SpecialTokens
 V, MASK, EOS = 24, 23, 22
 MODELS = ("dense", "moe")
 every_model = pytest.mark.parametrize("name", MODELS)
+shifted_too = pytest.mark.parametrize("name", [*MODELS, "shifted"])
 TOKENS = SpecialTokens(MASK, (EOS,), (EOS,))
 tokens = st.integers(0, V - 2)
 
@@ -44,9 +45,9 @@ def loaded(name: str) -> PreTrainedModel:
     """Random weights with several query heads to a key head, in fp64: there, no two ways of adding up choose two tokens."""
     torch.manual_seed(1)
     shared: dict[str, Any] = dict(vocab_size=V, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS)
-    if name == "dense":
+    if name in ("dense", "shifted"):
         sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=48, max_sequence_length=64)
-        model = LLaDAModelLM(LLaDAConfig(**shared, **sizes, embedding_size=V))
+        model = LLaDAModelLM(LLaDAConfig(**shared, **sizes, embedding_size=V, shift_logits=name == "shifted"))
     else:
         model = LLaDAMoEModelLM(
             LLaDAMoEConfig(
@@ -129,15 +130,15 @@ def run(
     passes: list[int] | None = None,
 ) -> Denoised:
     """`passes` is told how many tokens each pass has."""
-    network = network_of(loaded(name))
 
-    def counted(work: Pass, readout: Any) -> Any:
+    def count(model: Any, given_: Any, kwargs: dict[str, Any]) -> None:
         if passes is not None:
-            passes.append(len(work.ids_T))
-        return network(work, readout)
+            passes.append(kwargs["input_ids"].shape[1])
 
+    model = loaded(name)
     requests = asked(rows, config, list(range(len(rows))) if numbers is None else numbers)
-    return denoise(counted, requests, config, TOKENS, reuse=caching(config, loaded(name)))
+    with model.register_forward_pre_hook(count, with_kwargs=True):
+        return denoise(network_of(model), requests, config, TOKENS, reuse=caching(config, model))
 
 
 def slowly(name: str, rows: list[list[int]], config: SamplingConfig) -> list[Written]:
@@ -152,7 +153,7 @@ def lists(found: list[Tensor]) -> list[list[int]]:
     return [canvas.tolist() for canvas in found]
 
 
-@every_model
+@shifted_too
 @settings(max_examples=8)
 @given(st.lists(canvases(), min_size=1, max_size=3), configs())
 def test_equals_the_sampler_with_a_dict_of_positions(name: str, rows: list[list[int]], config: SamplingConfig) -> None:
@@ -162,7 +163,7 @@ def test_equals_the_sampler_with_a_dict_of_positions(name: str, rows: list[list[
     assert done.nfe == max(row.forwards for row in expected)
 
 
-@every_model
+@shifted_too
 @settings(max_examples=12)
 @given(st.lists(canvases(), min_size=1, max_size=2), configs(policies=["wino", "remdm"]))
 def test_equals_it_where_tokens_are_taken_back(name: str, rows: list[list[int]], config: SamplingConfig) -> None:
@@ -171,8 +172,9 @@ def test_equals_it_where_tokens_are_taken_back(name: str, rows: list[list[int]],
     assert done.steps == [row.steps for row in expected]
 
 
-@every_model
-@pytest.mark.parametrize("kept", ["none", "dual"])
+@pytest.mark.parametrize(
+    ("name", "kept"), [*((name, kept) for name in MODELS for kept in ("none", "dual")), ("shifted", "dual")]
+)
 def test_a_shadow_does_not_see_the_token_that_it_verifies(name: str, kept: Any) -> None:
     """Thresholds at which tokens are taken back, so that it matters what the shadow sees."""
     taken_back = 0
@@ -200,8 +202,10 @@ def test_refreshed_at_every_step_is_exact(name: str, rows: list[list[int]], conf
     assert reuse.exact
 
 
-@every_model
-@pytest.mark.parametrize("kept", ["prefix", "dual", "vicinity", "delayed"])
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [*((name, kept) for name in MODELS for kept in ("prefix", "dual", "vicinity", "delayed")), ("shifted", "dual")],
+)
 def test_a_row_has_its_tokens_alone_and_in_any_company(name: str, kept: Any) -> None:
     rows = [[3, 1, 4] + [MASK] * 9, [MASK] * 5 + [7, 8], [9] * 12 + [MASK] * 4, [MASK, 2] * 4]
     config = SamplingConfig(
@@ -238,6 +242,23 @@ def test_rows_join_and_leave_at_any_time(name: str, rows: list[tuple[list[int], 
         step += 1
     for row, (canvas, _) in enumerate(rows):
         assert found[row].tolist() == run(name, [canvas], config, numbers=[row]).canvases[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"cache": "prefix"}, [12, 9, 9, 8, 12, 4, 4, 4]),
+        ({"cache": "dual"}, [12, 5, 4, 4, 12, 5, 4, 4]),
+        # two tokens in the place of each that is committed
+        ({"cache": "dual", "policy": "wino", "threshold": 1.0}, [12, 7, 8, 10, 12, 7, 8, 10]),
+    ],
+)
+def test_of_a_shifted_model_also_the_places_before_its_masks(options: dict[str, Any], expected: list[int]) -> None:
+    """As below; a place is before a mask of the block and none of it for as long as the block's first is a mask."""
+    config = SamplingConfig(block_length=4, early_stop=False, **options)
+    passes: list[int] = []
+    run("shifted", [[5, 6, 7, 8] + [MASK] * 8], config, passes=passes)
+    assert passes == expected
 
 
 @pytest.mark.parametrize(

@@ -25,10 +25,10 @@ from dllm.pipelines.llada.generate import (
     generation_request,
     infilling_config,
     infilling_request,
-    network_of,
     special_tokens,
     whole_text,
 )
+from dllm.pipelines.llada.network import network_of
 from dllm.pipelines.llada.result import SamplingResult
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.rows import Request

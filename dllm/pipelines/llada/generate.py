@@ -6,17 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.engine.caching import caching
 from dllm.errors import CheckpointError, OptionError
+from dllm.pipelines.llada.network import network_of
 from dllm.pipelines.llada.result import SamplingResult
 from dllm.sampling.blanks import expand_blanks
 from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
-from dllm.sampling.network import Network, Pass
-from dllm.sampling.proposals import Proposals
 from dllm.sampling.rows import Request, SpecialTokens, check_steps
 from dllm.sampling.trace import StepEvent
 
@@ -280,22 +279,6 @@ def _run(
     return SamplingResult(
         done.canvases, texts, done.nfe, done.steps, done.written, done.trace, config.branches, config.exact
     ).whole(done.failed)
-
-
-def network_of(model: PreTrainedModel) -> Network:
-    """The model as the loop sees it."""
-
-    def network(work: Pass, readout: Callable[[nn.Module, Tensor], Proposals]) -> Proposals:
-        output = model(
-            input_ids=work.ids_T[None],
-            position_ids=work.position_T[None],
-            attention_mask=work.plan,
-            logits_to_keep=work.wanted_M,
-            readout=readout,
-        )
-        return output.readout
-
-    return network
 
 
 def special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> SpecialTokens:

@@ -64,7 +64,7 @@ _LONGEST = 1 << 24
 class Entries(NamedTuple):
     """What is kept of an array."""
 
-    count: int
+    number: int
 
 
 @dataclass(frozen=True)
