@@ -33,7 +33,9 @@ KINDS = {"1": "noun", "2": "verb", "3": "adj", "4": "adv", "5": "adj"}
 """WordNet's number in a sense key -> ending of its files; 5 is an adjective beside a head word."""
 NOTICE_LINES = 29
 
-_GLOSS = re.compile(r'(?P<definition>[^"]+?)(?:; (?P<examples>"[^"]*"(?: ?- ?[^";]+)?(?:; "[^"]*"(?: ?- ?[^";]+)?)*))?;?')
+_GLOSS = re.compile(
+    r'(?P<definition>[^"]+?)(?:; (?P<examples>"[^"]*"(?: ?- ?[^";]+)?(?:; "[^"]*"(?: ?- ?[^";]+)?)*))?;?'
+)
 _EXAMPLE = re.compile(r'"([^"]*)"( ?- ?[^";]+)?')
 _OFFENSIVE = re.compile(
     r"\b(slurs?|(?:coarse|offensive) (?:term|name|word)s?|obscen\w+|vulgar|derogatory|disparag\w+"

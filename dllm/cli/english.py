@@ -40,12 +40,16 @@ PRETRAIN = COMMON | {
 }
 """Options of `dllm pretrain`, less the model, the steps and the folder."""
 SFT = COMMON | {
-    "--dataset_args": "builtin:dialogues[weight:0.5,test:1] | builtin:wordnet[weight:0.5,test:30]",
+    "--dataset_args": "builtin:dialogues[weight:0.5,test:20] | builtin:wordnet[weight:0.5,test:30]",
     "--truncation": "filter",
 }
 """The same of `dllm sft`."""
 CHAT = {"--gen_length": "48", "--threshold": "0.8"}
-QUESTIONS = ("Hello! How are you today?", 'What does the noun "courage" mean?', "Give me one tip: how can I sleep better?")
+QUESTIONS = (
+    "Hello! How are you today?",
+    'What does the noun "courage" mean?',
+    "Give me one tip: how can I sleep better?",
+)
 """Asked where nobody is there to type."""
 MINUTES = (10.0, 4.0)
 

@@ -193,10 +193,10 @@ BUILTIN: dict[str, BuiltinDataset] = {
         ),
         BuiltinDataset(
             name="dialogues",
-            description="everyday questions and the polite, not always true answers of a model of 135 million weights",
-            licence="answers by SmolLM2-135M-Instruct (Apache-2.0); questions by dllm, no rights reserved",
+            description="short polite conversations: small talk, everyday things, how to do this and that",
+            licence="written for dllm, no rights reserved",
             columns={"messages": _dialogues},
-            default_rows={"messages": {"train": 27, "test": 2}},
+            default_rows={"messages": {"train": 737, "test": 51}},
         ),
     )
 }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 
-from dllm.data.shipped import check_split, text_hash, unpack
+from dllm.data.shipped import check_split, read, text_hash
 
 TEST_ONE_IN = 20
 """One chapter in this many, on average, is a test chapter."""
@@ -37,5 +37,5 @@ def chapters(split: str) -> list[str]:
 @functools.cache
 def _all_chapters() -> tuple[tuple[str, bool], ...]:
     """Returns every chapter with whether it is a test chapter."""
-    texts = unpack(_ASSET).split(_CHAPTER_SEPARATOR)
+    texts = read(_ASSET).split(_CHAPTER_SEPARATOR)
     return tuple((text, text_hash(text) % TEST_ONE_IN == 0) for text in texts)

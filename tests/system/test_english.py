@@ -81,7 +81,9 @@ def test_goes_from_a_source_to_answers(made: tuple[Path, list[str], str]) -> Non
         assert part in shown
     assert [step for step, _ in losses(out / "pretrained")] == [10, 20]
     assert [step for step, _ in losses(out / "tuned")] == [10]
-    assert [path.name for path in out.glob("*/checkpoint-*")] == ["checkpoint-final"] * 2, "others serve nobody any more"
+    assert [path.name for path in out.glob("*/checkpoint-*")] == ["checkpoint-final"] * 2, (
+        "others serve nobody any more"
+    )
     for question in english.QUESTIONS:
         assert f"> {question}\n" in shown
     assert "Traceback" not in shown
@@ -128,7 +130,7 @@ def test_a_training_that_was_stopped_goes_on(source: Path, tmp_path: Path) -> No
     (stopped,) = (out / "pretrained").glob("checkpoint-*")
     assert 10 <= int(stopped.name.split("-")[1]) < 600
 
-    shown = run(command[1:] if command[0] == "dllm" else command, tmp_path)
+    shown = run(command, tmp_path)
     assert "1/4 adapt" in shown
     assert [step for step, _ in losses(out / "pretrained")] == list(range(10, 601, 10))
     assert "resumed" in (out / "pretrained/run.json").read_text()
@@ -149,4 +151,6 @@ def test_a_stage_that_fails_says_why(source: Path, tmp_path: Path) -> None:
     shown = run(["dllm", "english", "--source", str(source), "--steps", "2", "2"], tmp_path, code=2)
     assert "dllm english: dllm pretrain ended with status 2: dllm pretrain: --resume_from_checkpoint auto: " in shown
     assert "All that it said is in runs/english/pretrained.txt." in shown
+    shown += run(["dllm", "english", "--source", "nowhere", "--output_dir", "other"], tmp_path, code=2)
+    assert "dllm english: dllm adapt ended with status 2: dllm adapt: " in shown
     assert "Traceback" not in shown

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from dllm.errors import CheckpointError, OptionError
+from dllm.errors import OptionError
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
 from dllm.pipelines.llada.tokenizer import MASK
