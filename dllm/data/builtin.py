@@ -1,11 +1,11 @@
 """The data sets that come with dllm: real tasks and real text, with nothing to download.
 
-`sudoku9`, `sudoku6` and `addition` are made on the spot, any number of rows, and their answers can be checked; `text`
-is a file in the package. Each has a `train` and a `test` split that share nothing. A row is a dict with one of three
+`sudoku9`, `sudoku6` and `addition` are made on the spot, any number of rows, and their answers can be checked; `text`,
+`wordnet` and `dialogues` are files in the package. Each has a `train` and a `test` split that share nothing. A row is a dict with one of three
 columns:
 
 - `text`: one string, for pretraining.
-- `messages`: a chat of one question and one answer, for SFT.
+- `messages`: a chat, mostly of one question and one answer, for SFT.
 - `puzzle`: the columns `puzzle` and `solution`, sudoku only.
 """
 
@@ -39,7 +39,7 @@ def builtin_rows(name: str, split: str, n: int | None, *, column: str) -> list[R
     """Makes rows of a built-in data set.
 
     Args:
-        name: `sudoku9`, `sudoku6`, `addition` or `text`.
+        name: `sudoku9`, `sudoku6`, `addition`, `text`, `wordnet` or `dialogues`.
         split: `train` or `test`.
         n: how many rows, the first n; None gives the default of the data set, `BUILTIN[name].default_rows`.
         column: `text`, `messages` or `puzzle`.
@@ -80,8 +80,9 @@ def _elsewhere(column: str) -> str:
     return f" The column {column!r} is in {', '.join(having)}." if having else ""
 
 
-def _chat(question: str, answer: str) -> Row:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+def _chat(*turns: str) -> Row:
+    """A conversation of a question, its answer, and so on."""
+    return {"messages": [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]}
 
 
 def _sudoku_puzzles(size: int, split: str, n: int) -> list[tuple[str, str]]:
@@ -125,10 +126,31 @@ def _addition(split: str, n: int) -> list[tuple[str, str]]:
 def _text(split: str, n: int) -> list[Row]:
     from dllm.data.text import chapters
 
-    texts = chapters(split)
-    if n > len(texts):
-        raise DataError(f"builtin:text has {len(texts)} rows in its {split} split, and {n} were asked for")
-    return [{"text": text} for text in texts[:n]]
+    return [{"text": text} for text in _first(n, chapters(split), "text", split)]
+
+
+def _wordnet_text(split: str, n: int) -> list[Row]:
+    from dllm.data.wordnet import entries
+
+    return [{"text": text} for text in _first(n, entries(split), "wordnet", split)]
+
+
+def _wordnet_chats(split: str, n: int) -> list[Row]:
+    from dllm.data.wordnet import questions
+
+    return [_chat(*pair) for pair in _first(n, questions(split), "wordnet", split)]
+
+
+def _dialogues(split: str, n: int) -> list[Row]:
+    from dllm.data.dialogues import dialogues
+
+    return [_chat(*turns) for turns in _first(n, dialogues(split), "dialogues", split)]
+
+
+def _first(n: int, rows: list[Any], name: str, split: str) -> list[Any]:
+    if n > len(rows):
+        raise DataError(f"builtin:{name} has {len(rows)} rows in its {split} split, and {n} were asked for")
+    return rows[:n]
 
 
 # Puzzles are dug one at a time, in about 2.4 ms a 9x9 and 0.6 ms a 6x6: either default takes less than a minute.
@@ -158,6 +180,23 @@ BUILTIN: dict[str, BuiltinDataset] = {
             licence="public domain, from the Debian package sword-text-web; see dllm/data/assets/README.md",
             columns={"text": _text},
             default_rows={"text": {"train": 1_290, "test": 70}},
+        ),
+        BuiltinDataset(
+            name="wordnet",
+            description="21,184 English words with 37,310 definitions and examples; a word is in one split with all its senses",
+            licence="WordNet 3.0 licence (permissive), from the Debian package wordnet-base; see dllm/data/assets/README.md",
+            columns={"text": _wordnet_text, "messages": _wordnet_chats},
+            default_rows={
+                "text": {"train": 20_150, "test": 1_034},
+                "messages": {"train": 54_341, "test": 2_782},
+            },
+        ),
+        BuiltinDataset(
+            name="dialogues",
+            description="short polite conversations: small talk, everyday things, how to do this and that",
+            licence="written for dllm, no rights reserved",
+            columns={"messages": _dialogues},
+            default_rows={"messages": {"train": 737, "test": 51}},
         ),
     )
 }

@@ -67,7 +67,7 @@ def test_every_data_set_describes_itself() -> None:
 def test_refusals_say_what_is_there() -> None:
     with pytest.raises(DataError, match=r"no built-in data set 'sudoko9'. Did you mean 'sudoku9'"):
         find_builtin("sudoko9")
-    with pytest.raises(DataError, match="It can be one of: addition, sudoku6, sudoku9, text"):
+    with pytest.raises(DataError, match="It can be one of: addition, dialogues, sudoku6, sudoku9, text, wordnet"):
         builtin_rows("qqq", "train", 1, column="text")
     message = "builtin:text has no column 'messages': it has 'text'. The column 'messages' is in builtin:sudoku9, "
     with pytest.raises(DataError, match=re.escape(message)):

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.system
 README = ROOT / "README.md"
 NOT_RUN = {
     "make demo": "installs, then runs `dllm demo`, which test_demo.py runs",
+    "make english": "installs, then runs `dllm english`, which test_english.py runs on a small model",
     "make test": "would run this test again",
     ". .venv/bin/activate": "its second line is run below",
 }

