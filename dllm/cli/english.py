@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -230,7 +231,7 @@ def measured_steps(words: list[str], output: Path, overview: Overview) -> int:
     shutil.rmtree(trial, ignore_errors=True)
     if len(times) < 2:
         raise DllmError(f"Too few steps were logged to measure by: give --steps. See {output.with_suffix('.txt')}.")
-    pace = max(0.01, statistics.median(after - before for before, after in zip(times, times[1:], strict=False)))
+    pace = max(0.01, statistics.median(after - before for before, after in itertools.pairwise(times)))
     took = time.monotonic() - began
     loading = took - pace * len(times)
     left = overview.seconds[overview.stage] - took - loading - SAVING
@@ -239,13 +240,14 @@ def measured_steps(words: list[str], output: Path, overview: Overview) -> int:
     return steps
 
 
-def talk(model: Path, chat: Mapping[str, str] = CHAT) -> None:
+def talk(model: Path, options: Mapping[str, str] = CHAT) -> None:
     """A conversation in a terminal, and three questions elsewhere."""
-    words = ["--model_name_or_path", str(model), *(word for pair in chat.items() for word in pair)]
+    words = ["--model_name_or_path", str(model), *(word for pair in options.items() for word in pair)]
     if sys.stdin.isatty() and sys.stdout.isatty():
-        from dllm.cli.chat import main as run
-    else:
-        from dllm.cli.generate import main as run
+        from dllm.cli import chat
 
-        words += [*QUESTIONS, "--batch_size", "1"]
-    run(words)
+        chat.main(words)
+    else:
+        from dllm.cli import generate
+
+        generate.main([*words, *QUESTIONS, "--batch_size", "1"])

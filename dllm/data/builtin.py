@@ -1,8 +1,8 @@
 """The data sets that come with dllm: real tasks and real text, with nothing to download.
 
 `sudoku9`, `sudoku6` and `addition` are made on the spot, any number of rows, and their answers can be checked; `text`,
-`wordnet` and `dialogues` are files in the package. Each has a `train` and a `test` split that share nothing. A row is a dict with one of three
-columns:
+`wordnet` and `dialogues` are files in the package. Each has a `train` and a `test` split that share nothing. A row is a
+dict with one of three columns:
 
 - `text`: one string, for pretraining.
 - `messages`: a chat, mostly of one question and one answer, for SFT.
