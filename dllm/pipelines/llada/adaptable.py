@@ -37,7 +37,7 @@ def refuse_features(config: PreTrainedConfig, name: str) -> None:
         raise CheckpointError(
             f"{name!r} is a LLaDA checkpoint already: there is nothing to adapt. Train it with dllm pretrain or dllm sft."
         )
-    for key in ("num_experts", "num_local_experts", "n_routed_experts"):
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if getattr(config, key, None):
             raise refusal(name, f"a mixture of experts ({config.model_type})", key, getattr(config, key))
     if config.model_type not in FAMILIES:

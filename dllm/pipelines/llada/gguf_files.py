@@ -11,7 +11,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 from transformers import AutoConfig, PreTrainedConfig
@@ -61,7 +61,8 @@ _LONGEST = 1 << 24
 """Bytes of a string, beyond which a file is taken to be damaged: templates have thousands."""
 
 
-class Entries(NamedTuple):
+@dataclass(frozen=True)
+class Entries:
     """What is kept of an array."""
 
     number: int

@@ -99,12 +99,12 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrain
     if markers == dense and GENERATION not in str(tokenizer.chat_template):
         tokenizer.chat_template = CHAT_TEMPLATE
     if markers and getattr(tokenizer, "eot_token_id", None) is None:
-        name_end_of_turn(tokenizer, markers[-1])
+        tokenizer.eot_token, tokenizer.eot_token_id = markers[-1], vocabulary[markers[-1]]
     return tokenizer
 
 
 def name_end_of_turn(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
-    """Makes a token of the vocabulary `eot_token`; it is written with the tokenizer, and there again when that is loaded."""
+    """Makes a token of the vocabulary `eot_token`, which no marker of LLaDA's says; it is written with the tokenizer."""
     tokenizer.init_kwargs["eot_token"] = (
         token  # tokenizer_config.json's; transformers reads any KEY_token there as a name
     )
