@@ -77,7 +77,7 @@ def test_what_is_adapted_is_trained_and_writes(here: Path, capsys: pytest.Captur
     text = ["--dataset_args", "builtin:text[train:20,test:2]", "--continue_from_weights", "--output_dir", "pretrained"]
     assert main(["pretrain", "--model_name_or_path", "out", *train, *text]) == 0
     start, done = llada.load_model("out"), llada.load_model("pretrained/checkpoint-final")
-    apart = [float((a - b).abs().max()) for a, b in zip(start.parameters(), done.parameters(), strict=True)]
+    apart = [float((a - b).detach().abs().max()) for a, b in zip(start.parameters(), done.parameters(), strict=True)]
     assert 0 < max(apart) < 0.1  # it went on from the weights
     sums = ["--dataset_args", "builtin:addition[train:20,test:2]", "--output_dir", "tuned"]
     assert main(["sft", "--model_name_or_path", "pretrained/checkpoint-final", *train, *sums]) == 0
