@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dllm.errors import CheckpointError, OptionError
+from dllm.layers.attention import RaggedRows
 from dllm.pipelines import llada
 from dllm.pipelines.llada.adaptation import adapted_config, adapted_model
 from dllm.pipelines.llada.adapted_tokenizer import MaskToken
@@ -37,8 +38,9 @@ def causal_logits(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
     """Of a LLaDA model, when no position sees what comes after it."""
     B, L = ids_BL.shape
     past = torch.ones(L, L, dtype=torch.bool).tril().expand(B, 1, L, L)
+    plan = RaggedRows([L] * B, "cpu", visible=past)
     with torch.no_grad():
-        return model(ids_BL, attention_mask=past).logits
+        return model(ids_BL.view(1, -1), plan, torch.arange(L).repeat(B)[None]).logits.view(B, L, -1)
 
 
 def some_ids() -> Tensor:
