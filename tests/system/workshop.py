@@ -81,12 +81,12 @@ def run(command: list[str] | str, cwd: Path, *, code: int = 0) -> str:
     return done.stdout
 
 
-def several(folder: Path, config: str | None, processes: int, runs: dict[str, list[str]]) -> str:
+def several(folder: Path, config: str | None, processes: int, runs: dict[str, list[str]], *, code: int = 0) -> str:
     """Trains several times in one launch, for starting processes takes longer than a few steps; what it printed.
 
     A run is the task and its options; its name is that of its output folder. Without a configuration it is one `python`.
     """
-    return run(several_command(folder, config, processes, runs), folder)
+    return run(several_command(folder, config, processes, runs), folder, code=code)
 
 
 def several_command(folder: Path, config: str | None, processes: int, runs: dict[str, list[str]]) -> list[str]:
