@@ -306,12 +306,12 @@ def assert_compiles(name: str, backend: str, **kwargs: Any) -> None:
     torch.testing.assert_close(kept, case["logits"][:, index], rtol=0, atol=1e-4)
 
 
-@every_model
+@pytest.mark.parametrize("name", ["llada_dense", "llada_moe"])  # all of them below, where a compiler runs
 def test_a_forward_is_one_graph(name: str) -> None:
     assert_compiles(name, "eager")
 
 
-@pytest.mark.parametrize("path", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("path", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow)])
 def test_a_mixture_is_one_graph_on_every_path_of_a_gpu(path: str) -> None:
     assert_compiles("llada_moe", "eager", experts_implementation=path)
 
