@@ -49,7 +49,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_pretraining_from_prepared_rows_is_pretraining_from_the_source(here: Path, capsys: Any) -> None:
+@pytest.mark.system  # processes that import all anew
+def test_several_processes_prepare_parts(here: Path, capsys: Any) -> None:
     data = ["--dataset_args", "texts.jsonl[test:5]", "--max_length", "16"]
     assert main(["prepare", "pretrain", *data, "--num_proc", "2", "--output_dir", "rows"]) == 0
     assert re.search(r"\d+ training and \d+ test rows of 16 tokens at most in rows", capsys.readouterr().out)
@@ -60,7 +61,12 @@ def test_pretraining_from_prepared_rows_is_pretraining_from_the_source(here: Pat
     assert len(stored["train"].cache_files) == 2
     assert not Path("rows.unfinished").exists()
 
+
+def test_pretraining_from_prepared_rows_is_pretraining_from_the_source(here: Path, capsys: Any) -> None:
+    data = ["--dataset_args", "texts.jsonl[test:5]", "--max_length", "16"]
     assert main(["prepare", "pretrain", *data, "--output_dir", "whole"]) == 0
+    assert re.search(r"\d+ training and \d+ test rows of 16 tokens at most in whole", capsys.readouterr().out)
+    assert not Path("whole.unfinished").exists()
     assert main(["pretrain", *data, *RUN, "--output_dir", "one"]) == 0
     assert main(["pretrain", "--load_preprocessed_data", "whole", *RUN, "--output_dir", "other"]) == 0
     losses = [
