@@ -47,7 +47,7 @@ quick: $(DEV) ## the default test suite: no GPU, no network
 
 full: $(DEV) ## the system and the slow test suites
 	@echo "==> pytest: system and slow suites (some minutes)"
-	@$(BIN)/pytest -m "(system or slow) and not gpu" --durations=5 $(PYTEST_ARGS)
+	@$(BIN)/pytest -n 2 --dist loadfile -m "(system or slow) and not gpu" --durations=15 $(PYTEST_ARGS)
 
 clean: ## remove caches and build outputs; .venv and runs/ stay
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

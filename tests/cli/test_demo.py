@@ -21,6 +21,7 @@ def test_shortened_it_goes_through_all_parts_and_again(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "60")  # narrower than the commands that it shows, which have to stay in one piece
     monkeypatch.setitem(demo.RECIPE, "--dataset_args", "builtin:sudoku6[train:600,test:20]")
+    monkeypatch.setitem(demo.RECIPE, "--per_device_train_batch_size", "8")
     command = ["demo", "--max_steps", "3", "--puzzles", "4", "--output_dir", "out"]
     assert main(command) == 0
     shown = capfd.readouterr().out

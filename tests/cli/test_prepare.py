@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +36,21 @@ RUN = [
 ]
 
 
+def write_texts(folder: Path) -> None:
+    write_jsonl(folder / "texts.jsonl", [{"text": f"{n} and {n + 1} make {2 * n + 1}. "} for n in range(40)])
+
+
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "texts.jsonl", [{"text": f"{n} and {n + 1} make {2 * n + 1}. "} for n in range(40)])
+    write_texts(tmp_path)
     talk = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
     write_jsonl(tmp_path / "talks.jsonl", [{"conversations": talk * (1 + n % 3)} for n in range(30)])
     return tmp_path
 
 
-def test_pretraining_from_prepared_rows_is_pretraining_from_the_source(here: Path, capsys: Any) -> None:
+@pytest.mark.system  # processes that import all anew
+def test_several_processes_prepare_parts(here: Path, capsys: Any) -> None:
     data = ["--dataset_args", "texts.jsonl[test:5]", "--max_length", "16"]
     assert main(["prepare", "pretrain", *data, "--num_proc", "2", "--output_dir", "rows"]) == 0
     assert re.search(r"\d+ training and \d+ test rows of 16 tokens at most in rows", capsys.readouterr().out)
@@ -54,7 +61,12 @@ def test_pretraining_from_prepared_rows_is_pretraining_from_the_source(here: Pat
     assert len(stored["train"].cache_files) == 2
     assert not Path("rows.unfinished").exists()
 
+
+def test_pretraining_from_prepared_rows_is_pretraining_from_the_source(here: Path, capsys: Any) -> None:
+    data = ["--dataset_args", "texts.jsonl[test:5]", "--max_length", "16"]
     assert main(["prepare", "pretrain", *data, "--output_dir", "whole"]) == 0
+    assert re.search(r"\d+ training and \d+ test rows of 16 tokens at most in whole", capsys.readouterr().out)
+    assert not Path("whole.unfinished").exists()
     assert main(["pretrain", *data, *RUN, "--output_dir", "one"]) == 0
     assert main(["pretrain", "--load_preprocessed_data", "whole", *RUN, "--output_dir", "other"]) == 0
     losses = [
@@ -83,6 +95,17 @@ def test_conversations_are_prepared_as_asked(here: Path) -> None:
     assert (manifest["task"], manifest["truncation"], manifest["turns"]) == ("sft", "filter", "all")
     run = ["sft", "--load_preprocessed_data", "rows", "--max_steps", "1", "--bf16", "False", "--report_to", "none"]
     assert main([*run, "--output_dir", "run"]) == 0
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prepared rows of texts.jsonl; not to be changed."""
+    folder = tmp_path_factory.mktemp("prepared")
+    write_texts(folder)
+    data = ["--dataset_args", "texts.jsonl", "--max_length", "16"]
+    with contextlib.chdir(folder):
+        assert main(["prepare", "pretrain", *data, "--output_dir", "rows"]) == 0
+    return folder / "rows"
 
 
 @pytest.mark.parametrize(
@@ -128,11 +151,10 @@ def test_conversations_are_prepared_as_asked(here: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_fit_is_refused(here: Path, capsys: Any, arguments: list[str], message: str) -> None:
-    data = ["--dataset_args", "texts.jsonl", "--max_length", "16"]
-    assert main(["prepare", "pretrain", *data, "--output_dir", "rows"]) == 0
-    bpe_tokenizer(["some text"], 270).save_pretrained("other")
-    capsys.readouterr()
+def test_what_does_not_fit_is_refused(here: Path, rows: Path, capsys: Any, arguments: list[str], message: str) -> None:
+    shutil.copytree(rows, "rows")
+    if "other" in arguments:
+        bpe_tokenizer(["some text"], 270).save_pretrained("other")
     if "--output_dir" not in arguments and arguments[0] != "prepare":
         arguments = [*arguments, "--output_dir", "run"]
     if arguments[:2] == ["prepare", "pretrain"]:

@@ -148,7 +148,8 @@ def test_a_logged_step_is_one_line_of_words(logs: dict[str, Any], words: str) ->
 
 
 def test_packed_rows_and_switches_without_a_value(here: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    command = ["sft", "--dataset_args", "talks.jsonl", "--max_length", "128", "--packing", "--bf16", "--max_steps", "2"]
+    command = ["sft", "--dataset_args", "talks.jsonl", "--max_length", "64", "--packing", "--bf16", "--max_steps", "2"]
+    command += ["--per_device_train_batch_size", "2"]
     assert main([*command, "--output_dir", "packed", "--logging_steps", "1"]) == 0
     shown = capfd.readouterr().out
     assert "bf16 on cpu" in shown

@@ -27,6 +27,8 @@ from dllm.pipelines.llada import LLaDAConfig
 MODELS = (*cases.DENSE, "llada_moe")
 LENGTHS = (7, 1, 12, 6)
 every_model = pytest.mark.parametrize("name", MODELS)
+models_with_most = pytest.mark.parametrize("name", ["llada_dense_gqa_tied", "llada_moe"])
+"""For what takes long to compile: what the plain dense model has, one of these has too."""
 
 
 @pytest.fixture(autouse=True)
@@ -119,7 +121,7 @@ def test_documents_of_a_row_give_what_they_give_alone(name: str, model: PreTrain
 
 @pytest.mark.slow  # flex attention compiles a kernel before it runs
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's and transformers' own, about each other
-@every_model
+@models_with_most
 @pytest.mark.parametrize("kernel", ["flex_attention"])
 def test_documents_under_flex_attention_give_what_they_give_alone(name: str, model: PreTrainedModel) -> None:
     ids, document_ids, places = documents(name)
@@ -306,18 +308,18 @@ def assert_compiles(name: str, backend: str, **kwargs: Any) -> None:
     torch.testing.assert_close(kept, case["logits"][:, index], rtol=0, atol=1e-4)
 
 
-@every_model
+@pytest.mark.parametrize("name", ["llada_dense", "llada_moe"])  # the third below, where a compiler runs
 def test_a_forward_is_one_graph(name: str) -> None:
     assert_compiles(name, "eager")
 
 
-@pytest.mark.parametrize("path", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("path", ["grouped_mm", pytest.param("batched_mm", marks=pytest.mark.slow)])
 def test_a_mixture_is_one_graph_on_every_path_of_a_gpu(path: str) -> None:
     assert_compiles("llada_moe", "eager", experts_implementation=path)
 
 
 @pytest.mark.slow  # a C++ compiler runs
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
-@every_model
+@models_with_most
 def test_a_compiled_forward_gives_the_same_logits(name: str) -> None:
     assert_compiles(name, "inductor")

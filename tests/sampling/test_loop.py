@@ -94,11 +94,27 @@ def lists(canvases: list[Tensor]) -> list[list[int]]:
     return [canvas.tolist() for canvas in canvases]
 
 
-@settings(max_examples=250)
-@given(canvases, configs, st.integers(0, 1000), st.lists(seeds, min_size=4, max_size=4))
+runs = given(canvases, configs, st.integers(0, 1000), st.lists(seeds, min_size=4, max_size=4))
+
+
+@settings(max_examples=70)
+@runs
 def test_equals_the_sampler_line_by_line(
     rows: list[list[int]], config: SamplingConfig, network: int, requests: list[int]
 ) -> None:
+    assert_equals_the_sampler(rows, config, network, requests)
+
+
+@pytest.mark.slow
+@settings(max_examples=400)
+@runs
+def test_equals_the_sampler_line_by_line_in_many_cases(
+    rows: list[list[int]], config: SamplingConfig, network: int, requests: list[int]
+) -> None:
+    assert_equals_the_sampler(rows, config, network, requests)
+
+
+def assert_equals_the_sampler(rows: list[list[int]], config: SamplingConfig, network: int, requests: list[int]) -> None:
     config = enough_steps(rows, config)
     requests = requests[: len(rows)]
     predict = HashPredictor(V, network)
@@ -145,7 +161,7 @@ def test_masks_by_place_leave_a_given_mask_token_alone(
         ]
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(canvases, configs, st.randoms())
 def test_a_row_has_its_tokens_alone_in_any_batch_and_in_any_order(
     rows: list[list[int]], config: SamplingConfig, random: Any

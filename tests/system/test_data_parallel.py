@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from system.workshop import CPU_CONFIG, make_workshop, run, save_tiny_model
+from system.workshop import make_workshop, save_tiny_model, several, trained_here
 
 from dllm.pipelines.llada import load_model
 from dllm.training.callbacks import read_log
@@ -46,7 +47,7 @@ def weights(folder: Path) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in load_model(str(folder)).parameters()])
 
 
-@pytest.fixture(scope="module", params=list(TASKS))
+@pytest.fixture(params=list(TASKS))
 def task(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -58,20 +59,30 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(task: str, base: Path) -> Runs:
-    done = {}
+def all_runs(base: Path) -> dict[str, Runs]:
+    """Each task on each layout; the two processes are launched once, and all else is done in this one."""
+    done: dict[str, Runs] = {task: {} for task in TASKS}
     for name, (processes, batch, accumulated) in LAYOUTS.items():
         assert processes * batch * accumulated == GLOBAL_BATCH
-        launcher = "python" if processes == 1 else f"accelerate launch --config_file {CPU_CONFIG}"
-        out, script = f"{task}-{processes}-{accumulated}", task.split("-")[0]
-        shown = run(
-            f"{launcher} examples/llada/{script}.py --model_name_or_path base {TASKS[task]} {COMMON} --output_dir {out} "
-            f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulated}",
-            base.parent,
-        )
-        folder = base.parent / out
-        done[name] = Run(shown, read_log(folder / "log.jsonl"), weights(folder / "checkpoint-final"))
+        layout = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulated}"
+        wanted = {
+            f"{task}-{processes}-{accumulated}": [
+                "pretrain" if task == "pt" else "sft",
+                *shlex.split(f"--model_name_or_path base {data} {COMMON} {layout}"),
+            ]
+            for task, data in TASKS.items()
+        }
+        shown = trained_here(base.parent, wanted) if processes == 1 else several(base.parent, "cpu", processes, wanted)
+        said = [line for line in shown.splitlines() if "a step is" in line]
+        for task, out, line in zip(TASKS, wanted, said, strict=True):
+            folder = base.parent / out
+            done[task][name] = Run(line, read_log(folder / "log.jsonl"), weights(folder / "checkpoint-final"))
     return done
+
+
+@pytest.fixture
+def runs(task: str, all_runs: dict[str, Runs]) -> Runs:
+    return all_runs[task]
 
 
 def test_the_layouts_are_what_they_say(runs: Runs) -> None:

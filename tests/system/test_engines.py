@@ -1,27 +1,29 @@
 """Every engine trains one model: two processes with the shipped accelerate configurations, against one process without any.
 
-One launch makes several runs: each normalisation of the loss, accumulation, and one that goes on from a checkpoint. Then one
-process goes on from a checkpoint of two, and two processes from a checkpoint of that one.
+One launch of two processes makes several runs: each normalisation of the loss, accumulation, adapters, one that goes on from a
+checkpoint of its own and one from a checkpoint of one process, and last one that meets a number that is not finite. Then one
+process goes on from a checkpoint of two.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from system.workshop import make_workshop, run, save_tiny_model, write_jsonl
+from safetensors.torch import load_file
+from system.several_runs import POISON
+from system.workshop import make_workshop, save_tiny_model, several, trained_here, write_jsonl
 
+from dllm.layers.adapters import TENSORS
 from dllm.pipelines.llada import load_model
 from dllm.training.callbacks import read_log
 from dllm.training.checkpoints import UNFINISHED, fault
 
 pytestmark = pytest.mark.system
 
-HERE = Path(__file__).parent
 STEPS, GLOBAL_BATCH = 4, 8
 COMMON = (
     f"--model_name_or_path base --dataset_args chats.jsonl[train:20,test:5] --max_length 64 --max_steps {STEPS} "
@@ -37,6 +39,18 @@ KINDS = {
 }
 """Runs of other kinds, at the two engines that divide what a step makes in ways of their own."""
 DIVIDING = ("zero2", "fsdp")
+LORA = (
+    "sft --model_name_or_path base --dataset_args builtin:addition[train:40,test:7] --max_length 64 "
+    f"--max_steps {STEPS} --save_steps 2 --logging_steps 1 --bf16 false --lora --r 4"
+).split()
+ADAPTERS = {"ddp": "lora4", "zero3": "lora", "fsdp": "lora"}
+"""Adapters at one engine of each sort; 4 bits where the frozen weights are not divided."""
+FOUR_BITS = {"lora": [], "lora4": ["--load_in_4bit"]}
+POISONED = (
+    "poisoned --model_name_or_path base --dataset_args builtin:sudoku6[train:100,test:2] --max_length 37 --bf16 false "
+    f"--per_device_train_batch_size 4 --max_steps {STEPS + 1} --logging_steps 1 --save_steps 2 --report_to none "
+    "--sample_every 1 --sample_length 5"
+).split()
 
 
 class Engine(NamedTuple):
@@ -54,21 +68,10 @@ ENGINES = {
 }
 
 
-def several(folder: Path, engine: Engine | None, processes: int, runs: dict[str, list[str]]) -> str:
-    """Makes the runs, whose output folders bear their names, in one launch; what it printed.
-
-    A run is options of fine-tuning, or the task and options.
-    """
-    jobs = folder / f"{next(iter(runs))}.json"
-    words = [more if more[0] in ("pretrain", "sft") else ["sft", *more] for more in runs.values()]
-    named = zip(words, runs, strict=True)
-    jobs.write_text(json.dumps([[task, *COMMON, *more, "--output_dir", name] for (task, *more), name in named]))
-    script = [str(HERE / "several_runs.py"), str(jobs)]
-    if engine is None:
-        return run(["python", *script], folder)
-    on_cpu = [str(HERE / "fsdp_on_cpu.py")] if engine.config == "fsdp" else []
-    options = f"--config_file scripts/accelerate_configs/{engine.config}.yaml --num_processes {processes}"
-    return run(["accelerate", "launch", *options.split(), *on_cpu, *script], folder)
+def whole(runs: dict[str, list[str]]) -> dict[str, list[str]]:
+    """With the task and the common options, where only what differs is given."""
+    words = {name: more if more[0] in ("pretrain", "sft") else ["sft", *more] for name, more in runs.items()}
+    return {name: [task, *COMMON, *more] for name, (task, *more) in words.items()}
 
 
 def shape(processes: int, accumulated: int = 1) -> list[str]:
@@ -82,7 +85,8 @@ def first_runs(prefix: str, processes: int) -> dict[str, list[str]]:
     runs[f"{prefix}-accumulated"] = shape(processes, 2)
     if prefix in ("one", *DIVIDING):
         runs |= {f"{prefix}-{kind}": [*words, *shape(processes)] for kind, words in KINDS.items()}
-    return runs
+    adapters = FOUR_BITS if prefix == "one" else [ADAPTERS[prefix]] if prefix in ADAPTERS else []
+    return whole(runs) | {f"{prefix}-{kind}": [*LORA, *shape(processes), *FOUR_BITS[kind]] for kind in adapters}
 
 
 def weights(folder: Path) -> torch.Tensor:
@@ -112,7 +116,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     answers = [f"{i * i:b}" * (1 + i % 5) for i in range(25)]  # 1 to 45 tokens: the normalisations differ
     chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": a}] for i, a in enumerate(answers)]
     write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
-    several(folder, None, 1, first_runs("one", 1))
+    trained_here(folder, first_runs("one", 1))
     return folder
 
 
@@ -122,10 +126,22 @@ def name(request: pytest.FixtureRequest) -> str:
     return engine
 
 
+def one_process_first(name: str) -> str:
+    """The run of one process from which two go on."""
+    return "one-token" if name == "ddp" else f"{name}-single"
+
+
 @pytest.fixture(scope="module")
 def shown(name: str, folder: Path) -> str:
-    go_on = [*TOKEN, *shape(2), *CHECKPOINTS, "--resume_from_checkpoint", f"{name}-token/checkpoint-2"]
-    return several(folder, ENGINES[name], 2, {**first_runs(name, 2), f"{name}-resumed": go_on})
+    """What two processes printed; after one process of the engine, where it has a format of its own for what is divided."""
+    runs = first_runs(name, 2)
+    again = [*TOKEN, *shape(2), *CHECKPOINTS, "--resume_from_checkpoint"]
+    runs |= whole({f"{name}-resumed": [*again, f"{name}-token/checkpoint-2"]})
+    if name != "zero1":
+        runs |= whole({f"{name}-together": [*again, f"{one_process_first(name)}/checkpoint-3"]})
+    if name not in ("ddp", "zero1"):
+        several(folder, ENGINES[name].config, 1, whole({f"{name}-single": [*TOKEN, *shape(1), *CHECKPOINTS]}))
+    return several(folder, ENGINES[name].config, 2, {**runs, f"{name}-poisoned": POISONED}, code=1)
 
 
 def test_the_normalisations_differ(folder: Path) -> None:
@@ -134,12 +150,12 @@ def test_the_normalisations_differ(folder: Path) -> None:
     assert len(first) == 3
 
 
-def test_the_engine_is_the_one_that_was_asked_for(name: str, shown: str) -> None:
+def test_the_engine_is_the_one_that_was_asked_for(name: str, folder: Path, shown: str) -> None:
     lines = [line for line in shown.splitlines() if "a step is" in line]
-    assert len(lines) == 5 + len(KINDS) * (name in DIVIDING)
-    parameters = ["88,832" if line is lines[-2] and name in DIVIDING else "95,424" for line in lines]
-    assert all(f"{n} parameters" in line and "2 processes" in line for n, line in zip(parameters, lines, strict=True))
-    assert all(line.endswith("accumulated; " + ENGINES[name].said) for line in lines)
+    made = {path.parent.name.removeprefix(f"{name}-") for path in folder.glob(f"{name}-*/run.json")} - {"single"}
+    assert len(lines) == len(made) == 6 + len(KINDS) * (name in DIVIDING) + (name in ADAPTERS) + (name != "zero1")
+    assert [line for line in lines if "88,832 parameters" in line] == [line for line in lines if "95,424 p" not in line]
+    assert all("2 processes" in line and line.endswith("accumulated; " + ENGINES[name].said) for line in lines)
 
 
 @pytest.mark.parametrize("made", [*NORMALISATIONS, "accumulated"])
@@ -179,17 +195,52 @@ def test_a_resumed_run_is_the_same_to_the_last_bit(name: str, folder: Path, show
     assert torch.equal(weights(resumed / "checkpoint-final"), weights(whole / "checkpoint-final"))
 
 
-def test_one_process_goes_on_from_two_and_two_from_one(name: str, folder: Path, shown: str) -> None:
+def test_two_processes_go_on_from_one_and_one_from_two(name: str, folder: Path, shown: str) -> None:
     if name == "zero1":
         pytest.skip("ZeRO-2 shares its code, and runs")
-    engine, alone, together = ENGINES[name], f"{name}-alone", f"{name}-together"
+    alone = f"{name}-alone"
     from_two = [*TOKEN, *shape(1, 2), *CHECKPOINTS, "--resume_from_checkpoint", f"{name}-token/checkpoint-2"]
-    from_one = [*TOKEN, *shape(2), "--resume_from_checkpoint", f"{alone}/checkpoint-3"]
-    several(folder, None if name == "ddp" else engine, 1, {alone: from_two})
-    several(folder, engine, 2, {together: from_one})
+    if name == "ddp":
+        trained_here(folder, whole({alone: from_two}))
+    else:
+        several(folder, ENGINES[name].config, 1, whole({alone: from_two}))
     assert list(values(folder / alone, "loss")) == [3, 4]
-    assert list(values(folder / together, "loss")) == [4]
-    for made in (alone, together):
+    assert list(values(folder / f"{name}-together", "loss")) == [4]
+    for made in (alone, f"{name}-together", one_process_first(name)):
         assert_agree(folder / f"{name}-token", folder / made)
         assert not (folder / made / UNFINISHED).exists()
-    shutil.rmtree(folder / alone)
+
+
+def test_two_processes_save_the_whole_adapter(name: str, folder: Path, shown: str) -> None:
+    if name not in ADAPTERS:
+        pytest.skip("ZeRO-1 and 2 leave weights whole, as DDP does")
+    kind = ADAPTERS[name]
+    one, two = folder / f"one-{kind}", folder / f"{name}-{kind}"
+    for key in ("loss", "grad_norm"):
+        assert list(values(two, key)) == [1, 2, 3, 4]
+        assert values(two, key) == pytest.approx(values(one, key), rel=1e-4 if kind == "lora4" else 2e-5)
+    first, second = (load_file(made / "checkpoint-final" / TENSORS) for made in (one, two))
+    assert first.keys() == second.keys()
+    for key, tensor in first.items():
+        assert second[key].shape == tensor.shape
+        # AdamW divides a gradient by its own size, so where one is near nothing rounding shows
+        assert (second[key].float() - tensor).norm() < 2e-3 * tensor.norm() + 1e-5, key
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        expected, found = (load_model(str(made))(ids).logits for made in (one, two))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2 if kind == "lora4" else 1e-3)
+
+
+def test_all_processes_stop_at_a_loss_that_is_not_finite_and_sample_alike(name: str, folder: Path, shown: str) -> None:
+    out = folder / f"{name}-poisoned"
+    # samples 16 to 23 are the third step's; the last of them is the second process's
+    said = [line.partition("SAID ")[2] for line in shown.splitlines() if "SAID " in line]
+    assert len(said) == 2, shown
+    assert said[0] == said[1]
+    assert said[0].startswith(f"Step 3: the loss is not finite on rank 1, sample {POISON} (row ")
+    assert f"{out.name}/checkpoint-2 is whole: go on from it with --resume_from_checkpoint auto" in said[0]
+    assert fault(out / "checkpoint-2") is None
+    assert not (out / "checkpoint-3").exists()
+    assert (out / "losses.png").exists()
+    rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]

@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from system.workshop import BIN, CPU_CONFIG, ROOT, environment, run
+from system.workshop import (
+    BIN,
+    CPU_CONFIG,
+    ROOT,
+    environment,
+    make_workshop,
+    run,
+    several,
+    several_command,
+    trained_here,
+)
 
 from dllm.training.callbacks import read_log
 from dllm.training.checkpoints import fault
@@ -61,61 +71,45 @@ def final_weights(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "checkpoint-final" / "model.safetensors")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("whole") / "run"
-    run([*COMMAND, str(out)], out.parent)
-    return out
-
-
-def assert_is_the_uninterrupted_run(out: Path, uninterrupted: Path) -> None:
-    weights, expected = final_weights(out), final_weights(uninterrupted)
-    assert weights.keys() == expected.keys()
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    logs = [read_log(folder / "log.jsonl") for folder in (out, uninterrupted)]
-    assert len(logs[1]) > STEPS
-    for key in ("step", "tokens_seen", "loss", "eval_loss"):
-        mine, theirs = ([row[key] for row in log if key in row and "train_loss" not in row] for log in logs)
-        assert mine == theirs, key
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_same_command_goes_on(
-    number: signal.Signals, code: int, uninterrupted: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    process = start(out)
-    wait_for_step(process, out, 25)
-    process.send_signal(number)
-    assert process.wait(timeout=120) == code
-    shown = out.with_suffix(".out").read_text()
-    (stopped,) = checkpoints(out)
-    assert 25 <= stopped < STEPS
-    assert f"{number.name}: saving a checkpoint after this step" in shown
-    assert f"Stopped at step {stopped}. Go on with the same command and --resume_from_checkpoint auto" in shown
-    assert "Traceback" not in shown
-    assert not (out / "checkpoint-final").exists()
-
-    run([*COMMAND, str(out)], tmp_path)
-    assert_is_the_uninterrupted_run(out, uninterrupted)
-
-
-def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(uninterrupted: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
+def test_a_run_that_is_stopped_by_two_signals_and_killed_goes_on_bit_by_bit(tmp_path: Path) -> None:
+    out, whole = tmp_path / "run", tmp_path / "whole"
     options = ("--save_steps", "30")
+    wait_for, stops = 25, []
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        process = start(out, *options)
+        wait_for_step(process, out, wait_for)
+        process.send_signal(number)
+        assert process.wait(timeout=120) == code
+        shown = out.with_suffix(".out").read_text()
+        stops.append(checkpoints(out)[-1])
+        assert wait_for <= stops[-1] < STEPS
+        assert f"{number.name}: saving a checkpoint after this step" in shown
+        assert f"Stopped at step {stops[-1]}. Go on with the same command and --resume_from_checkpoint auto" in shown
+        assert "Traceback" not in shown
+        assert not (out / "checkpoint-final").exists()
+        wait_for = stops[-1] + 5
+
     process = start(out, *options)
-    wait_for_step(process, out, 100)
+    wait_for_step(process, out, stops[-1] // 30 * 30 + 70)
     process.kill()
     assert process.wait(timeout=120) == -signal.SIGKILL
-    assert checkpoints(out)[-1] >= 90
+    assert checkpoints(out)[-1] >= stops[-1] // 30 * 30 + 60
     # what a kill in the middle of saving leaves: the weights are written first, and nothing says that the folder is whole
     torn = out / f"checkpoint-{STEPS - 1}"
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half a file")
 
     shown = run([*COMMAND, str(out), *options], tmp_path)
-    assert shown.count("step 20/") == 0, "it began anew"
-    assert_is_the_uninterrupted_run(out, uninterrupted)
+    assert f"step {stops[-1]}/" not in shown, "it began anew"
+    trained_here(tmp_path, {"whole": COMMAND[1:-1]})
+    weights, expected = final_weights(out), final_weights(whole)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    logs = [read_log(folder / "log.jsonl") for folder in (out, whole)]
+    assert len(logs[1]) > STEPS
+    for key in ("step", "tokens_seen", "loss", "eval_loss"):
+        mine, theirs = ([row[key] for row in log if key in row and "train_loss" not in row] for log in logs)
+        assert mine == theirs, key
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
@@ -139,12 +133,12 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert checkpoints(out) == []
 
 
-def test_ctrl_c_on_two_processes_leaves_a_whole_checkpoint_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_on_two_processes_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """That two processes go on from one is shown below, and in test_launch.py."""
     out, steps = tmp_path / "run", "60"
     script = str(ROOT / "examples" / "llada" / "pt.py")
     launch = [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / CPU_CONFIG), script, *COMMAND[2:-1]]
-    command = [*launch, "--max_steps", steps, "--save_strategy", "no", "--output_dir"]
-    process = start(out, command=command)
+    process = start(out, command=[*launch, "--max_steps", steps, "--save_strategy", "no", "--output_dir"])
     wait_for_step(process, out, 5)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, which passes it on, and to both ranks
     assert process.wait(timeout=60) != 0
@@ -157,32 +151,30 @@ def test_ctrl_c_on_two_processes_leaves_a_whole_checkpoint_and_the_same_command_
     assert f"Stopped at step {stopped}. Go on with the same command" in shown
     assert "KeyboardInterrupt" not in shown
 
-    run([*command, str(out)], tmp_path)
-    assert [row["step"] for row in read_log(out / "log.jsonl") if "loss" in row] == list(range(1, int(steps) + 1))
-    assert (out / "checkpoint-final").exists()
-
 
 def test_two_processes_that_are_killed_go_on_to_the_same_bits_under_zero2(tmp_path: Path) -> None:
-    steps, config = 120, ROOT / "scripts" / "accelerate_configs" / "deepspeed_zero2.yaml"
-    script = str(ROOT / "examples" / "llada" / "pt.py")
-    launch = [str(BIN / "accelerate"), "launch", "--config_file", str(config), "--num_processes", "2", script]
-    adamw = [word for word in COMMAND[2:-1] if word not in ("--optimizer", "muon")]
-    command = [*launch, *adamw, "--max_steps", str(steps), "--save_steps", "20", "--output_dir"]
-    whole, out = tmp_path / "whole", tmp_path / "run"
-    run([*command, str(whole)], tmp_path)
-    process = start(out, command=command)
+    """One launch makes the whole run, and then one that is killed."""
+    make_workshop(tmp_path)
+    steps, out = 120, tmp_path / "run"
+    adamw = [word for word in COMMAND[1:-1] if word not in ("--optimizer", "muon")]
+    words = [*adamw, "--max_steps", str(steps), "--save_steps", "20"]
+    both = several_command(tmp_path, "deepspeed_zero2", 2, {"whole": words, "run": words})
+    with out.with_suffix(".out").open("w") as shown:
+        process = subprocess.Popen(
+            both, cwd=tmp_path, env=environment(), stdout=shown, stderr=subprocess.STDOUT, start_new_session=True, text=True
+        )  # fmt: skip
     wait_for_step(process, out, 50)
     os.killpg(process.pid, signal.SIGKILL)  # the launcher and both ranks
     process.wait(timeout=60)
     assert not (out / "checkpoint-final").exists()
-    resumed = run([*command, str(out)], tmp_path)
+    resumed = several(tmp_path, "deepspeed_zero2", 2, {"run": words})
     assert "DEEPSPEED stage 2" in resumed
     assert "step 20/" not in resumed, "it began anew"
     expected, found = (
         [(row["loss"], row["grad_norm"]) for row in read_log(folder / "log.jsonl") if "loss" in row]
-        for folder in (whole, out)
+        for folder in (tmp_path / "whole", out)
     )
     assert len(expected) == steps
     assert found == expected
-    for name, tensor in final_weights(whole).items():
+    for name, tensor in final_weights(tmp_path / "whole").items():
         assert torch.equal(tensor, final_weights(out)[name]), name

@@ -23,37 +23,30 @@ COMMAND = [
 ]
 
 
-def test_a_signal_to_the_launcher_alone_saves_and_stops_and_the_run_goes_on(tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_and_ctrl_c_save_and_stop_and_the_run_goes_on(tmp_path: Path) -> None:
+    """SIGUSR1, a scheduler's warning, is for test_slurm.py."""
     out = tmp_path / "run"
-    # each time the same command: first a scheduler's warning, then a kill, then to the end
-    for number, status in ((signal.SIGUSR1, 85), (signal.SIGTERM, 143)):
+    # each time the same command: first a signal to the launcher alone, then Ctrl-C, then to the end
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         before = checkpoints(out)
         process = start(out, "--resume_from_checkpoint", "auto", command=COMMAND)
         wait_for_step(process, out, (before[-1] if before else 0) + 3)
-        process.send_signal(number)
+        if number == signal.SIGTERM:
+            process.send_signal(number)
+        else:  # as a terminal does: to the launcher, which passes it on, and to both ranks
+            os.killpg(process.pid, number)
         shown = out.with_suffix(".out")
         assert process.wait(timeout=60) == status, shown.read_text()
         stopped = checkpoints(out)[-1]
         assert fault(out / f"checkpoint-{stopped}") is None
         assert f"Stopped at step {stopped}." in shown.read_text()
-        assert "Traceback" not in shown.read_text()
-        assert "ended with" not in shown.read_text()
+        for word in ("Traceback", "ended with", "KeyboardInterrupt"):
+            assert word not in shown.read_text()
     shown = run([*COMMAND, str(out), "--resume_from_checkpoint", "auto"], tmp_path)
     assert "dllm pretrain: 2 processes through accelerate's cpu (--accelerate_config, --num_processes)\n" in shown
     assert "a step is 2 processes x 8 samples x 1 accumulated; MULTI_CPU" in shown
     assert [row["step"] for row in read_log(out / "log.jsonl") if "loss" in row] == list(range(1, STEPS + 1))
     assert (out / "checkpoint-final").exists()
-
-
-def test_one_ctrl_c_saves_and_stops(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    process = start(out, command=COMMAND)
-    wait_for_step(process, out, 3)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, which passes it on, and to both ranks
-    assert process.wait(timeout=60) == 130
-    (stopped,) = checkpoints(out)
-    assert fault(out / f"checkpoint-{stopped}") is None
-    assert "KeyboardInterrupt" not in out.with_suffix(".out").read_text()
 
 
 def test_an_error_of_all_processes_is_shown_once(tmp_path: Path) -> None:

@@ -121,12 +121,11 @@ def test_generate_alone_shows_a_grid(tmp_path: Path) -> None:
 
 def test_python_runs_as_it_stands(tmp_path: Path) -> None:
     block, engine = marked(README, "run", "python")
-    continued, infilled = run(["python", "-c", block.text], tmp_path).splitlines()[-2:]
+    continued, infilled, last = run(["python", "-c", f"{block.text}\n{engine.text}"], tmp_path).splitlines()[-3:]
     grid = "534678912672195348198342567859761423426853791713924856961537284287419635345286179"
     assert grid in block.text
     assert continued == str([grid[72:]])
     assert infilled == str([grid])
-    last = run(["python", "-c", engine.text], tmp_path).splitlines()[-1]
     assert re.fullmatch(r"[1-9]{36} 19 steps for the other", last), last
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from system.workshop import CPU_CONFIG, environment, make_workshop, run, save_tiny_model
+from system.workshop import environment, make_workshop, save_tiny_model, several, several_command, trained_here
 
 from dllm.training.callbacks import read_log
 from dllm.training.checkpoints import last_whole
@@ -23,8 +24,8 @@ COMMON = (
     "--shuffle_buffer 64 --report_to none --lr_scheduler_type constant --resume_from_checkpoint auto"
 )
 TASKS = {
-    "pt": '--dataset_args "texts.jsonl[test:20,streaming:true]" --max_length 37 --random_length 0.5',
-    "sft": '--dataset_args "talks[test:20]" --streaming --max_length 64 --turns all --truncation left',
+    "pt": ("pretrain", '--dataset_args "texts.jsonl[test:20,streaming:true]" --max_length 37 --random_length 0.5'),
+    "sft": ("sft", '--dataset_args "talks[test:20]" --streaming --max_length 64 --turns all --truncation left'),
 }
 
 
@@ -42,12 +43,9 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(task: str, out: str, processes: int, *, batch: int, accumulated: int = 1, more: str = "") -> str:
-    launcher = "python" if processes == 1 else f"accelerate launch --config_file {CPU_CONFIG}"
-    return (
-        f"{launcher} examples/llada/{task}.py {COMMON} {TASKS[task]} --per_device_train_batch_size {batch} "
-        f"--gradient_accumulation_steps {accumulated} --output_dir {out} {more}"
-    )
+def options(task: str, *, batch: int, accumulated: int = 1, more: str = "") -> list[str]:
+    shape = f"--per_device_train_batch_size {batch} --gradient_accumulation_steps {accumulated}"
+    return [TASKS[task][0], *shlex.split(f"{COMMON} {TASKS[task][1]} {shape} {more}")]
 
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
@@ -72,49 +70,68 @@ def agree(one: list[tuple[int, float, float]], other: list[tuple[int, float, flo
 def whole(shop: Path) -> dict[str, Path]:
     """The runs of one process that nobody stopped."""
     for task in TASKS:
-        (shop / f"{task}-whole.out").write_text(run(command(task, f"{task}-whole", 1, batch=8), shop))
+        name = f"{task}-whole"
+        (shop / f"{name}.out").write_text(trained_here(shop, {name: options(task, batch=8)}))
     return {task: shop / f"{task}-whole" for task in TASKS}
 
 
-def test_accumulation_and_workers_change_nothing(whole: dict[str, Path], shop: Path) -> None:
-    run(command("pt", "workers", 1, batch=4, accumulated=2, more="--dataloader_num_workers 2"), shop)
-    agree(losses(shop / "workers"), losses(whole["pt"]))
-
-
-def test_spawned_workers_get_a_stream_that_a_prompt_was_read_from(shop: Path) -> None:
-    """Without test rows a sample goes on from the first training row."""
-    data = "--dataset_args texts.jsonl[streaming:true] --max_steps 2"
-    more = f"{data} --dataloader_num_workers 1 --dataloader_multiprocessing_context spawn --sample_every 2 --sample_length 4"
-    run(command("pt", "spawned", 1, batch=8, more=more), shop)
-    (sample,) = (shop / "spawned/samples.jsonl").read_text().splitlines()
-    assert json.loads(sample)["step"] == 2
-
-
-def test_a_run_that_is_killed_goes_on_bit_by_bit(whole: dict[str, Path], shop: Path) -> None:
+@pytest.fixture(scope="module")
+def killed(shop: Path) -> Path:
+    """A run that was killed, after two others of its process."""
+    more = "--dataset_args texts.jsonl[streaming:true] --max_steps 2 --sample_every 2 --sample_length 4"
+    spawned = f"{more} --dataloader_num_workers 1 --dataloader_multiprocessing_context spawn"
+    runs = {
+        "workers": options("pt", batch=4, accumulated=2, more="--dataloader_num_workers 2"),
+        "spawned": options("pt", batch=8, more=spawned),
+        "killed": options("pt", batch=8),
+    }
     out = shop / "killed"
     with (shop / "killed.out").open("w") as shown:
-        words = ["bash", "-c", "exec " + command("pt", out.name, 1, batch=8)]
+        words = several_command(shop, None, 1, runs)
         process = subprocess.Popen(words, cwd=shop, env=environment(), stdout=shown, stderr=subprocess.STDOUT)
     while process.poll() is None and (not out.is_dir() or last_whole(out) is None):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    stopped = last_whole(out)
+    assert process.wait() == -signal.SIGKILL, (shop / "killed.out").read_text()
+    return out
+
+
+@pytest.fixture(scope="module")
+def two(shop: Path) -> dict[str, Path]:
+    """What two processes began."""
+    runs = {f"{task}-two": options(task, batch=4, more="--max_steps 6") for task in TASKS}
+    several(shop, "cpu", 2, runs)
+    return {task: shop / f"{task}-two" for task in TASKS}
+
+
+def test_accumulation_and_workers_change_nothing(whole: dict[str, Path], killed: Path, shop: Path) -> None:
+    agree(losses(shop / "workers"), losses(whole["pt"]))
+
+
+def test_spawned_workers_get_a_stream_that_a_prompt_was_read_from(killed: Path, shop: Path) -> None:
+    """Without test rows a sample goes on from the first training row."""
+    (sample,) = (shop / "spawned/samples.jsonl").read_text().splitlines()
+    assert json.loads(sample)["step"] == 2
+
+
+def test_a_run_that_is_killed_goes_on_bit_by_bit(whole: dict[str, Path], killed: Path, shop: Path) -> None:
+    stopped = last_whole(killed)
     assert stopped is not None
     state: dict[str, Any] = json.loads((stopped / "stream-0.json").read_text())
     assert state["cursors"]
-    run(command("pt", out.name, 1, batch=8), shop)
-    assert losses(out) == losses(whole["pt"])
-    assert last_loss(out) == last_loss(whole["pt"])
+    trained_here(shop, {killed.name: options("pt", batch=8)})
+    assert losses(killed) == losses(whole["pt"])
+    assert last_loss(killed) == last_loss(whole["pt"])
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_two_processes_begin_and_one_takes_over(task: str, whole: dict[str, Path], shop: Path) -> None:
-    out = shop / f"{task}-two"
-    run(command(task, out.name, 2, batch=4, more="--max_steps 6"), shop)
+def test_two_processes_begin_and_one_takes_over(
+    task: str, whole: dict[str, Path], two: dict[str, Path], shop: Path
+) -> None:
+    out = two[task]
     assert {path.name for path in (out / "checkpoint-6").glob("stream-*.json")} == {"stream-0.json", "stream-1.json"}
     assert [row[0] for row in losses(out)] == list(range(1, 7))
-    shown = run(command(task, out.name, 1, batch=8), shop)
+    shown = trained_here(shop, {out.name: options(task, batch=8)})
     agree(losses(out), losses(whole[task]))
     expected = told((shop / f"{task}-whole.out").read_text())
     assert told(shown) == expected

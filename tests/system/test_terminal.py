@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from system.workshop import BIN, environment, run, save_tiny_model, write_jsonl
+from system.workshop import BIN, environment, save_tiny_model, write_jsonl
 
 from dllm.training.callbacks import read_log
 
@@ -130,40 +130,39 @@ def test_an_answer_takes_shape_in_a_chat_and_ctrl_c_stops_the_next(tmp_path: Pat
     assert "Traceback" not in plain
 
 
-def test_a_file_of_answers_has_a_bar_on_a_terminal_and_none_in_a_pipe(tmp_path: Path) -> None:
+def test_a_file_of_answers_has_a_bar_on_a_terminal_alone_and_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     save_tiny_model(tmp_path / "tiny", texts=TEXTS)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text, "id": place} for place, text in enumerate(TEXTS * 10)])
-    words = ["generate", "--model_name_or_path", "tiny", "--prompts_file", "prompts.jsonl", "--gen_length", "8"]
-    lines = seen(*words, "--batch_size", "5", "--output", "a.jsonl", cwd=tmp_path)
-    assert lines[-1] == "a.jsonl: 20 rows"
-    assert [line for line in lines if re.search(r"20/20 rows ━+ 100%", line)]
-    rows = read_log(tmp_path / "a.jsonl")
-    assert [row["id"] for row in rows] == list(range(20))
-    shown = run(["dllm", *words, "--batch_size", "5", "--output", "b.jsonl"], tmp_path)
-    assert "rows ━" not in shown
-    assert [row["text"] for row in read_log(tmp_path / "b.jsonl")] == [row["text"] for row in rows]
-    assert not [line for line in seen(*words, "--quiet", "--output", "c.jsonl", cwd=tmp_path) if "/20 rows" in line]
-
-
-def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
-    save_tiny_model(tmp_path / "tiny", texts=TEXTS)
-    write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": text} for text in TEXTS * 100])
+    prompts = [{"prompt": text, "id": place} for place, text in enumerate(TEXTS * 100)]
+    write_jsonl(tmp_path / "prompts.jsonl", prompts)
     words = ["generate", "--model_name_or_path", "tiny", "--prompts_file", "prompts.jsonl", "--gen_length", "16"]
     words += ["--batch_size", "4", "--temperature", "1"]
-    output = tmp_path / "a.jsonl"
-    with subprocess.Popen(
-        [str(BIN / "dllm"), *words, "--output", "a.jsonl"], cwd=tmp_path, env=environment(), stdin=subprocess.DEVNULL
-    ) as killed:
+    lines = seen(*words, "--output", "whole.jsonl", cwd=tmp_path)
+    assert lines[-1] == "whole.jsonl: 200 rows"
+    assert [line for line in lines if re.search(r"200/200 rows ━+ 100%", line)]
+
+    output, printed = tmp_path / "killed.jsonl", tmp_path / "killed.out"
+    with (
+        printed.open("w") as pipe,
+        subprocess.Popen(
+            [str(BIN / "dllm"), *words, "--output", output.name],
+            cwd=tmp_path,
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+        ) as killed,
+    ):
         while not output.exists() or output.read_bytes().count(b"\n") < 8:
             assert killed.poll() is None, "it ended before it was killed"
             time.sleep(0.01)
         killed.kill()
     kept = output.read_bytes()
     assert 8 <= kept.count(b"\n") < 200
-    shown = run(["dllm", *words, "--output", "a.jsonl"], tmp_path)
-    assert shown.splitlines()[-1] == "a.jsonl: 200 rows"
+    assert "rows" not in printed.read_text()
+    lines = seen(*words, "--quiet", "--output", output.name, cwd=tmp_path)
+    assert not [line for line in lines if "/200 rows" in line]
     assert output.read_bytes().startswith(kept[: kept.rfind(b"\n") + 1])
-    run(["dllm", *words, "--output", "b.jsonl"], tmp_path)
-    texts = [[(row["row"], row["text"]) for row in read_log(tmp_path / name)] for name in ("a.jsonl", "b.jsonl")]
-    assert texts[0] == texts[1]
-    assert len({text for _, text in texts[0]}) > 100
+    whole, resumed = (read_log(tmp_path / name) for name in ("whole.jsonl", output.name))
+    assert [row["id"] for row in whole] == list(range(200))
+    assert [(row["row"], row["text"]) for row in resumed] == [(row["row"], row["text"]) for row in whole]
+    assert len({row["text"] for row in whole}) > 100

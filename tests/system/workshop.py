@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -12,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dllm.pipelines import llada
 from dllm.pipelines.llada import fresh_model
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer, char_tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 BIN = Path(sys.executable).parent
 CPU_CONFIG = "scripts/accelerate_configs/cpu.yaml"
 
@@ -75,6 +79,35 @@ def run(command: list[str] | str, cwd: Path, *, code: int = 0) -> str:
     )
     assert done.returncode == code, f"{command} ended with {done.returncode}\n{done.stdout}"
     return done.stdout
+
+
+def several(folder: Path, config: str | None, processes: int, runs: dict[str, list[str]], *, code: int = 0) -> str:
+    """Trains several times in one launch, for starting processes takes longer than a few steps; what it printed.
+
+    A run is the task and its options; its name is that of its output folder. Without a configuration it is one `python`.
+    """
+    return run(several_command(folder, config, processes, runs), folder, code=code)
+
+
+def several_command(folder: Path, config: str | None, processes: int, runs: dict[str, list[str]]) -> list[str]:
+    """The command of such a launch."""
+    jobs = folder / f"{next(iter(runs))}.json"
+    jobs.write_text(json.dumps([[*words, "--output_dir", name] for name, words in runs.items()]))
+    script = [str(HERE / "several_runs.py"), str(jobs)]
+    if config is None:
+        return [sys.executable, *script]
+    on_cpu = [str(HERE / "fsdp_on_cpu.py")] if config == "fsdp" else []
+    options = f"--config_file scripts/accelerate_configs/{config}.yaml --num_processes {processes}"
+    return [str(BIN / "accelerate"), "launch", *options.split(), *on_cpu, *script]
+
+
+def trained_here(folder: Path, runs: dict[str, list[str]]) -> str:
+    """The same runs in this process, one after another; what they printed."""
+    shown = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(shown):
+        for name, (task, *words) in runs.items():
+            getattr(llada, task)([*words, "--output_dir", name])
+    return shown.getvalue()
 
 
 def save_tiny_model(
