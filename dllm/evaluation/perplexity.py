@@ -80,7 +80,9 @@ def bits_per_character(
     """
     if not texts or not all(texts):
         raise OptionError("Bits per character need at least one text, and none that is empty.")
-    ids, parts, of_text = [], [], []
+    ids: list[Tensor] = []
+    parts: list[Text] = []
+    of_text: list[int] = []
     for place, text in enumerate(texts):
         ids.append(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]))
         for part in ids[-1].tensor_split(-(-len(ids[-1]) // row_tokens) if row_tokens else 1):
