@@ -33,7 +33,7 @@ class Checkpoint(NamedTuple):
 
 def checkpoints(name: str, folder: Path, most: int = 100) -> list[Checkpoint]:
     """The checkpoints of a run, at most `most` of them, evenly spread, the last one always; or the one that `folder` is."""
-    if (folder / "config.json").exists():
+    if not (folder / "log.jsonl").exists():
         return [Checkpoint(name, folder, 0.0, 0)]
     log = read_log(folder / "log.jsonl")
     found: dict[int, Path] = {}

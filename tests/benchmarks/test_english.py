@@ -73,7 +73,6 @@ def test_checkpoints_of_a_run_know_their_minutes(tmp_path: Path) -> None:
         ("run 8", "checkpoint-final", 4.0, 800),
     ]
     assert [c.path.name for c in checkpoints("run", tmp_path, 1)] == ["checkpoint-final"]
-    (tmp_path / "checkpoint-2/config.json").write_text("{}")
     assert checkpoints("one", tmp_path / "checkpoint-2")[0].path == tmp_path / "checkpoint-2"
 
 
