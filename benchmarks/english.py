@@ -22,7 +22,7 @@ from pathlib import Path
 from english_bits import bits_report, measure_bits
 from english_definitions import definitions_report, measure_definitions
 from english_fluency import fluency_report, measure_fluency
-from english_models import Source
+from english_models import Judge
 from english_trade import draw_trade, measure_trade, trade_report
 from measured import Store
 
@@ -46,10 +46,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--figure", type=Path, help="trade: of the picture")
     parser.add_argument("--time", type=float, default=1.0, help="what the parts' minutes are multiplied with")
     parser.add_argument("--checkpoints", type=int, default=5, help="bits: of each run, at most")
-    parser.add_argument("--spans", type=int, default=32, help="bits: stretches of text")
-    parser.add_argument("--characters", type=int, default=480, help="bits: of a span")
+    parser.add_argument("--spans", type=int, default=20, help="bits: stretches of text")
+    parser.add_argument("--characters", type=int, default=960, help="bits: of a span")
     parser.add_argument("--samples", type=int, default=4, help="bits: sets of masks of a span")
-    parser.add_argument("--row_tokens", type=int, default=128, help="bits: longer spans are cut in parts")
+    parser.add_argument("--row_tokens", type=int, default=256, help="bits: longer spans are cut in parts")
     parser.add_argument("--words", type=int, default=96, help="definitions")
     parser.add_argument("--definition_samples", type=int, default=3, help="definitions: sets of masks of a definition")
     parser.add_argument("--windows", type=int, default=16, help="fluency: stretches of text")
@@ -69,14 +69,14 @@ def main() -> None:
     arguments.budget = {part: minutes * arguments.time for part, minutes in MINUTES.items()}
     arguments.runs = {name: folder for name in RUNS if (folder := getattr(arguments, name)) is not None}
     store = Store(arguments.output.with_suffix(".json"))
-    source = functools.cache(lambda: Source(arguments.source))
+    judge = functools.cache(lambda: Judge(arguments.source))
     hide_bars(everywhere=True)
     if "bits" in arguments.parts:
-        measure_bits(arguments, store, source)
+        measure_bits(arguments, store, judge)
     if "definitions" in arguments.parts:
-        measure_definitions(arguments, store, source)
+        measure_definitions(arguments, store, judge)
     if "fluency" in arguments.parts:
-        measure_fluency(arguments, store, source)
+        measure_fluency(arguments, store, judge)
     if "trade" in arguments.parts:
         measure_trade(arguments, store)
     arguments.output.write_text(report(store), encoding="utf-8")

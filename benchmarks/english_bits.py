@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
-from english_models import Checkpoint, Source, checkpoints
+from english_models import Checkpoint, Judge, checkpoints
 from english_texts import spans
 from measured import Part, Row, Store, table
 
 from dllm.evaluation.perplexity import bits_per_character, summarise
 
 
-def measure_bits(arguments: argparse.Namespace, store: Store, source: Callable[[], Source]) -> None:
+def measure_bits(arguments: argparse.Namespace, store: Store, judge: Callable[[], Judge]) -> None:
     texts = spans(arguments.spans, arguments.characters)
     settings = {
         "spans": len(texts),
@@ -25,7 +25,7 @@ def measure_bits(arguments: argparse.Namespace, store: Store, source: Callable[[
     part = Part(store, "bits", arguments.budget["bits"], settings)
     items: dict[str, Callable[[], Row]] = {}
     if arguments.source:
-        items["source"] = lambda: of_source(source(), texts)
+        items["source"] = lambda: of_source(judge(), texts)
     for name, folder in arguments.runs.items():
         for checkpoint in reversed(
             checkpoints(name, folder, arguments.checkpoints)
@@ -34,8 +34,8 @@ def measure_bits(arguments: argparse.Namespace, store: Store, source: Callable[[
     part.measure(items)
 
 
-def of_source(source: Source, texts: list[str]) -> Row:
-    found = source.nats(texts)
+def of_source(judge: Judge, texts: list[str]) -> Row:
+    found = judge.nats(texts)
     nats = [float(scores.sum()) for scores, _ in found]
     return asdict(summarise(nats, [len(text) for text in texts], sum(len(scores) for scores, _ in found)))
 

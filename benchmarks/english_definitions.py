@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from english_models import Source, checkpoints
+from english_models import Judge, checkpoints
 from measured import Part, Row, Store, table
 
 from dllm.data.wordnet import Sense, definitions
@@ -96,16 +96,16 @@ def masked_scorer(model: Any, tokenizer: Any, samples: int) -> Scorer:
     return score
 
 
-def source_scorer(source: Source) -> Scorer:
+def judge_scorer(judge: Judge) -> Scorer:
     def score(asked: list[tuple[str, str, int]]) -> list[float]:
         texts = [prompt + definition for prompt, definition, _ in asked]
         spans = [(len(prompt), len(prompt) + len(definition)) for prompt, definition, _ in asked]
-        return [nats for nats, _ in source.of_spans(texts, spans)]
+        return [nats for nats, _ in judge.of_spans(texts, spans)]
 
     return score
 
 
-def measure_definitions(arguments: argparse.Namespace, store: Store, source: Callable[[], Source]) -> None:
+def measure_definitions(arguments: argparse.Namespace, store: Store, judge: Callable[[], Judge]) -> None:
     words = groups(arguments.words)
     part = Part(
         store,
@@ -118,7 +118,7 @@ def measure_definitions(arguments: argparse.Namespace, store: Store, source: Cal
         checkpoint = checkpoints(name, folder, 1)[0]
         items[checkpoint.name] = partial(of_checkpoint, name, checkpoint, words, arguments.definition_samples)
     if arguments.source:
-        items["source"] = lambda: chosen_right(words, line_prompt, source_scorer(source())) | {"asked": "line"}
+        items["source"] = lambda: chosen_right(words, line_prompt, judge_scorer(judge())) | {"asked": "line"}
     part.measure(items)
 
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from english_models import Source, checkpoints
+from english_models import Judge, checkpoints
 from english_texts import spans
 from measured import Part, Row, Store, table
 from torch import Tensor
@@ -85,10 +85,10 @@ def written(tokenizer: Any, ids: Tensor, begin: int, end: int) -> Written:
     return Written(whole, min(len(before), len(until)), len(until))
 
 
-def judged(source: Source, texts: Sequence[Written]) -> Row:
+def judged(judge: Judge, texts: Sequence[Written]) -> Row:
     """Nats per token of what was written, of what follows it, and how varied it is."""
-    inside = source.of_spans([t.text for t in texts], [(t.begin, t.end) for t in texts])
-    behind = source.of_spans([t.text for t in texts], [(t.end, len(t.text)) for t in texts])
+    inside = judge.of_spans([t.text for t in texts], [(t.begin, t.end) for t in texts])
+    behind = judge.of_spans([t.text for t in texts], [(t.end, len(t.text)) for t in texts])
     row = {"nats": [nats for nats, _ in inside], "tokens": [tokens for _, tokens in inside]}
     row |= {"nats_behind": sum(n for n, _ in behind), "tokens_behind": sum(t for _, t in behind)}
     return row | variety([t.text[t.begin : t.end] for t in texts])
@@ -106,7 +106,7 @@ def variety(texts: Sequence[str]) -> Row:
     }
 
 
-def measure_fluency(arguments: argparse.Namespace, store: Store, source: Callable[[], Source]) -> None:
+def measure_fluency(arguments: argparse.Namespace, store: Store, judge: Callable[[], Judge]) -> None:
     name = arguments.fluent
     if not arguments.source or name not in arguments.runs:
         return
@@ -124,10 +124,10 @@ def measure_fluency(arguments: argparse.Namespace, store: Store, source: Callabl
     for task, settings in (("infilling", infilling_settings(blank)), ("continuation", continuation_settings(blank))):
         known = [row if task == "infilling" else row[: given + blank] for row in rows]
         original = [written(tokenizer, row, given, given + blank) for row in known]
-        items[f"{task} | real text | -"] = partial(lambda texts: judged(source(), texts), original)
+        items[f"{task} | real text | -"] = partial(lambda texts: judged(judge(), texts), original)
         for policy, cache, options in settings:
             items[f"{task} | {policy} | {cache}"] = partial(
-                sampled, model, tokenizer, source, task, known, given, blank, options
+                sampled, model, tokenizer, judge, task, known, given, blank, options
             )
     part.measure(items)
 
@@ -141,7 +141,7 @@ def windows(tokenizer: Any, n: int, tokens: int) -> list[Tensor]:
 def sampled(
     model: Any,
     tokenizer: Any,
-    source: Callable[[], Source],
+    judge: Callable[[], Judge],
     task: str,
     rows: list[Tensor],
     given: int,
@@ -158,7 +158,7 @@ def sampled(
         shape = dict(gen_length=blank, block_length=blank, suppress_eos=True)
         result = generate(model, None, [row[:given] for row in rows], **shape, **options)
     texts = [written(tokenizer, canvas, given, given + blank) for canvas in result.sequences]
-    return judged(source(), texts) | {
+    return judged(judge(), texts) | {
         "tokens_per_forward": result.tokens_per_forward,
         "forwards": statistics.mean(result.steps),
     }

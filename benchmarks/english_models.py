@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from dllm.pipelines.llada import load_model, load_tokenizer
+from dllm.pipelines.llada.autoregressive import find_source, read_config, read_tokenizer
 from dllm.training.callbacks import read_log
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -58,7 +59,7 @@ def checkpoints(name: str, folder: Path, most: int = 100) -> list[Checkpoint]:
     return made
 
 
-class Source:
+class Judge:
     """The autoregressive model that was adapted; it judges text, in nats."""
 
     def __init__(self, name: str) -> None:
@@ -67,12 +68,11 @@ class Source:
         Args:
             name: a .gguf file, a folder, or a hub id.
         """
-        path = Path(name)
-        where: dict[str, Any] = {"pretrained_model_name_or_path": name}
-        if path.suffix == ".gguf":
-            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-        self.model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(**where)
+        source = find_source(name)
+        self.tokenizer = read_tokenizer(source)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            **source.reading, config=read_config(source), dtype=torch.float32
+        ).eval()
         vocabulary = self.tokenizer.get_vocab()
         self.start = vocabulary.get(END_OF_DOCUMENT, self.tokenizer.bos_token_id)
 

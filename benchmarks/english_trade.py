@@ -168,17 +168,17 @@ def draw_trade(store: Store, path: Path) -> None:
     colours = dict(zip(FAMILIES, plt.get_cmap("tab10").colors, strict=False))
     for axis, (task, title, label) in zip(axes, PANELS, strict=True):
         found = points(store, task)
-        for family, cache in dict.fromkeys(key for *key, _, _ in map(tuple, found)):
+        for family, cache in dict.fromkeys((family, cache) for family, cache, _, _ in found):
             here = sorted((x, y) for f, c, x, y in found if (f, c) == (family, cache))
-            line = "-" if family == "fixed" else ""
             axis.plot(
-                *zip(*here, strict=True), line, marker=SHAPES[cache], color=colours[family], ms=5, lw=1, alpha=0.85,
-                mfc=colours[family] if cache == "none" else "none",
+                *zip(*here, strict=True), ls="-" if family == "fixed" else "none", marker=SHAPES[cache], ms=5, lw=1,
+                color=colours[family], mfc=colours[family] if cache == "none" else "none", alpha=0.85,
             )  # fmt: skip
         if not found:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
         axis.set(title=title, xlabel="tokens per forward", ylabel=label, xscale="log")
-        axis.set_xticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        ticks = [2**n for n in range(6) if 2**n <= max((x for _, _, x, _ in found), default=1)]
+        axis.set_xticks(ticks, list(map(str, ticks)))
         axis.minorticks_off()
         quiet(axis)
     real = store.rows("fluency").get("infilling | real text | -")
@@ -190,7 +190,15 @@ def draw_trade(store: Store, path: Path) -> None:
         plt.Line2D([], [], color=colours[f], marker="o", ls="-" if f == "fixed" else "", label=f) for f in FAMILIES
     ]
     handles += [
-        plt.Line2D([], [], color="grey", marker=s, ls="", label=c, mfc="grey" if c == "none" else "none")
+        plt.Line2D(
+            [],
+            [],
+            color="grey",
+            marker=s,
+            ls="",
+            label="no cache" if c == "none" else f"cache {c}",
+            mfc="grey" if c == "none" else "none",
+        )
         for c, s in SHAPES.items()
     ]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)

@@ -77,25 +77,25 @@ def test_checkpoints_of_a_run_know_their_minutes(tmp_path: Path) -> None:
 
 
 def test_the_source_judges_the_tokens_that_begin_in_a_span() -> None:
-    from english_models import Source
+    from english_models import Judge
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from dllm.pipelines.llada.tokenizer import char_tokenizer
 
-    source = Source.__new__(Source)  # without a folder to load
-    source.tokenizer = char_tokenizer()
+    judge = Judge.__new__(Judge)  # without a folder to load
+    judge.tokenizer = char_tokenizer()
     shape = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    source.model = LlamaForCausalLM(LlamaConfig(vocab_size=len(source.tokenizer), **shape)).eval()
-    source.start = source.tokenizer.eos_token_id
+    judge.model = LlamaForCausalLM(LlamaConfig(vocab_size=len(judge.tokenizer), **shape)).eval()
+    judge.start = judge.tokenizer.eos_token_id
     texts = ["abcdef", "abc"]
-    (nats, _), (short, _) = source.nats(texts)
-    ids = torch.tensor([[source.start, *source.tokenizer("abcdef")["input_ids"]]])
+    (nats, _), (short, _) = judge.nats(texts)
+    ids = torch.tensor([[judge.start, *judge.tokenizer("abcdef")["input_ids"]]])
     with torch.no_grad():
-        scores = source.model(input_ids=ids).logits.log_softmax(-1)
+        scores = judge.model(input_ids=ids).logits.log_softmax(-1)
     expected = -scores[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
     torch.testing.assert_close(nats, expected)
     torch.testing.assert_close(short, expected[:3])  # its company, and what is longer, change nothing
-    assert source.of_spans(texts, [(2, 5), (0, 1)]) == [
+    assert judge.of_spans(texts, [(2, 5), (0, 1)]) == [
         (pytest.approx(float(expected[2:5].sum()), rel=1e-5), 3),
         (pytest.approx(float(expected[0]), rel=1e-5), 1),
     ]

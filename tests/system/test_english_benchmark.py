@@ -54,7 +54,7 @@ def measure(folder: Path) -> dict:
         "out/english.md",
         "--figure",
         "trade.png",
-        *SMALL,
+        *SMALL.split(),
     ]
     run(command, folder)
     return json.loads((folder / "out/english.json").read_text(encoding="utf-8"))
