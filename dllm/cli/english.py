@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
 
     from rich.console import Console
 
-    from dllm.cli.stages import Overview, run_command, shown
+    from dllm.cli.stages import Overview, alone, run_command, shown
 
     console = Console(highlight=False)
     adapted, pretrained, tuned = (folder / name for name in ("adapted", "pretrained", "tuned"))
@@ -112,13 +112,13 @@ def main(argv: Sequence[str]) -> None:
                 f"--steps: {output} was begun with {there} steps, and {asked} are asked for. Leave --steps out to go on, or "
                 f"name another --output_dir to start anew."
             )
-    with Overview(console, seconds) as overview:
+    with alone(folder) as lock, Overview(console, seconds, lock) as overview:
         overview.begin("adapt")
         if not (adapted / "config.json").exists():
             source = arguments.source or packaged()
             words = ["adapt", str(source), "--output_dir", str(adapted)]
             console.print(f"  {shown(words)}", markup=False, soft_wrap=True)
-            run_command(words, folder / "adapt.txt", lambda: overview.show("seen from both sides"))
+            run_command(words, folder / "adapt.txt", lambda: overview.show("seen from both sides"), lock)
             check_room(adapted)
         else:
             console.print(f"  {adapted} is there already")
@@ -200,7 +200,7 @@ def train(words: list[str], output: Path, overview: Overview, steps: int | None)
         left = max(0.0, (steps - last["step"]) * pace - since) + SAVING
         overview.show(f"step {last['step']} of {steps}, loss {last['loss']:.2f}", left)
 
-    run_command([*command, "--resume_from_checkpoint", "auto"], output.with_suffix(".txt"), look)
+    run_command([*command, "--resume_from_checkpoint", "auto"], output.with_suffix(".txt"), look, overview.lock)
     for checkpoint in output.glob("checkpoint-*[0-9]"):  # what only a stopped run has use for
         shutil.rmtree(checkpoint, ignore_errors=True)
 
@@ -226,7 +226,7 @@ def measured_steps(words: list[str], output: Path, overview: Overview) -> int:
         overview.show("measuring a few steps")
         return len(losses(trial)) > MEASURED_STEPS
 
-    run_command([*words, *options], output.with_suffix(".txt"), look)
+    run_command([*words, *options], output.with_suffix(".txt"), look, overview.lock)
     times = [row["seconds"] for row in losses(trial)]
     shutil.rmtree(trial, ignore_errors=True)
     if len(times) < 2:

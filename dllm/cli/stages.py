@@ -6,6 +6,7 @@ over all stages. A stop is passed on: the command saves what it has, and only th
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -18,15 +19,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from dllm.errors import DllmError
+from dllm.errors import DllmError, OptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import Console
 
+STOPPING = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
+"""Signals that end a run -> what the command gets, which saves and stops; a terminal that is closed sends SIGHUP."""
 TOLD_EVERY = 30.0
 """Seconds between two lines where there is no terminal for a bar."""
 _LOOK_EVERY = 0.3
@@ -39,10 +42,12 @@ class Overview:
     Args:
         console: where to.
         seconds: what each stage is expected to take, in their order.
+        lock: of the folder in which they work, see `alone`.
     """
 
     console: Console
     seconds: dict[str, float]
+    lock: IO[str] | None = None
     stage: str = ""
     done: list[str] = field(default_factory=list)
     _began: float = 0.0
@@ -103,18 +108,38 @@ def shown(words: Sequence[str]) -> str:
     return "dllm " + shlex.join(words)
 
 
-def run_command(words: Sequence[str], output: Path, look: Callable[[], bool | None]) -> None:
+@contextmanager
+def alone(folder: Path) -> Iterator[IO[str]]:
+    """Holds a folder for one run; also while a command of a run that was killed is still at work there.
+
+    Raises:
+        OptionError: another run holds it.
+    """
+    with (folder / "lock").open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise OptionError(
+                f"Another run is at work in {folder}: wait for its end, stop it, or name another --output_dir."
+            ) from error
+        yield lock
+
+
+def run_command(
+    words: Sequence[str], output: Path, look: Callable[[], bool | None], lock: IO[str] | None = None
+) -> None:
     """Runs a command of dllm to its end.
 
     Args:
         words: the command, such as `["pretrain", "--max_steps", "5", ...]`.
         output: a file that gets what it says.
         look: is called a few times a second; True ends the command at once, where nothing is lost by it.
+        lock: of `alone`; the command holds it too.
 
     Raises:
         DllmError: it failed; the error has the last thing that it said.
         KeyboardInterrupt: Ctrl-C, once the command has saved what it had.
-        SystemExit: SIGTERM, likewise.
+        SystemExit: SIGTERM, or a terminal that was closed, likewise.
     """
     with output.open("w", encoding="utf-8") as file, _stops() as stopped:
         process = subprocess.Popen(
@@ -123,27 +148,34 @@ def run_command(words: Sequence[str], output: Path, look: Callable[[], bool | No
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a terminal's Ctrl-C comes here alone, and is passed on once
+            pass_fds=() if lock is None else (lock.fileno(),),
         )
         passed_on = 0
         ended_here = False
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                code = process.wait(timeout=_LOOK_EVERY)
-                break
-            for number in stopped[passed_on:]:
-                process.send_signal(number)
-            passed_on = len(stopped)
-            if not stopped and not ended_here and look():
-                ended_here = True
+        try:
+            while process.poll() is None:
+                for number in stopped[passed_on:]:
+                    process.send_signal(STOPPING[signal.Signals(number)])
+                passed_on = len(stopped)
+                if not stopped and not ended_here and look():
+                    ended_here = True
+                    os.killpg(process.pid, signal.SIGKILL)
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(timeout=_LOOK_EVERY)
+        finally:
+            if process.poll() is None:  # looking failed
                 os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if stopped:
         if stopped[0] == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + stopped[0])
-    if code != 0 and not ended_here:
+    if process.returncode != 0 and not ended_here:
         lines = [line for line in output.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
         last = lines[-1].strip() if lines else "it said nothing"
-        raise DllmError(f"dllm {words[0]} ended with status {code}: {last}\nAll that it said is in {output}.")
+        raise DllmError(
+            f"dllm {words[0]} ended with status {process.returncode}: {last}\nAll that it said is in {output}."
+        )
 
 
 @contextmanager
@@ -156,7 +188,7 @@ def _stops() -> Iterator[list[int]]:
         if len(received) == 1:
             print("\nSaving what there is ...", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in STOPPING}
     try:
         yield received
     finally:

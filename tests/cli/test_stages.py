@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import signal
+import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
 from dllm import __version__
-from dllm.cli.stages import TOLD_EVERY, Overview, losses, run_command, shown
-from dllm.errors import DllmError
+from dllm.cli.stages import TOLD_EVERY, Overview, alone, losses, run_command, shown
+from dllm.errors import DllmError, OptionError
 
 
 def overview(told_every: bool = False) -> tuple[Overview, io.StringIO]:
@@ -41,7 +44,10 @@ def test_a_command_that_fails_says_its_last_line(tmp_path: Path) -> None:
 WAITING = ["chat", "--model_name_or_path", "nowhere"]  # loads torch for some seconds first
 
 
-@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize(
+    ("number", "ends"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+)
 def test_a_stop_is_passed_on_and_waited_for(number: int, ends: type[BaseException], tmp_path: Path) -> None:
     sent = False
 
@@ -62,6 +68,30 @@ def test_whoever_looks_can_end_it(tmp_path: Path) -> None:
     began = time.monotonic()
     run_command(WAITING, tmp_path / "out.txt", lambda: True)
     assert time.monotonic() - began < 30
+
+
+def test_nothing_is_left_running_where_looking_fails(tmp_path: Path) -> None:
+    def look() -> None:
+        raise OSError("cannot look")
+
+    with pytest.raises(OSError, match="cannot look"):
+        run_command(WAITING, tmp_path / "out.txt", look)
+    running = [" ".join(process.cmdline()) for process in psutil.Process().children()]
+    assert not [line for line in running if "nowhere" in line]
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    message = f"Another run is at work in {tmp_path}: wait for its end, stop it, or name another --output_dir."
+    with alone(tmp_path), pytest.raises(OptionError, match=re.escape(message)), alone(tmp_path):
+        pass
+    with alone(tmp_path) as lock:
+        child = subprocess.Popen(["sleep", "60"], pass_fds=(lock.fileno(),))
+    with pytest.raises(OptionError, match="Another run"), alone(tmp_path):  # the command of a run that was killed
+        pass
+    child.kill()
+    child.wait()
+    with alone(tmp_path):
+        pass
 
 
 def test_time_left_is_that_of_all_stages() -> None:
