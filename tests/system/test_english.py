@@ -71,7 +71,7 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 def weights(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
+    return (folder / "adapter_model.safetensors").read_bytes()
 
 
 def test_goes_from_a_source_to_answers(made: tuple[Path, list[str], str]) -> None:
