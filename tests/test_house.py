@@ -17,6 +17,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = {
     "errors": 0,
+    "disk": 1,
     "figures": 1,
     "diffusion": 1,
     "layers": 1,

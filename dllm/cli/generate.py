@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     settings |= dataclasses.asdict(config)
     if arguments.model_name_or_path == EMBEDDED:
         refuse_lengths(options)
-        requests = requests or [Puzzles.unseen(options.get("seed"))]
+        requests = requests or [Puzzles.unseen(options.get("seed"), arguments.output)]
         return run(arguments, Puzzles, requests, options, settings)
     if not requests:
         raise OptionError("Give a prompt, or --prompts_file FILE (- for standard input).")

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     settings |= {name: getattr(arguments, name) for name in ("model_name_or_path", "dtype")}
     settings |= {name: value for name, value in dataclasses.asdict(config).items() if name != "gen_length"}
     if arguments.model_name_or_path == EMBEDDED:
-        requests = requests or [Puzzles.unseen(options.get("seed"))]
+        requests = requests or [Puzzles.unseen(options.get("seed"), arguments.output)]
         return run(arguments, Puzzles, requests, options, settings)
     if not requests:
         raise OptionError(

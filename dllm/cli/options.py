@@ -7,9 +7,10 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import sys
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NoReturn
 
 from dllm.errors import OptionError, did_you_mean
@@ -24,7 +25,18 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise OptionError(f"{message}. See  {self.prog} --help")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name, choices = (
+                "/".join(action.option_strings[:1]) or action.dest,
+                [str(choice) for choice in action.choices],
+            )
+            near = did_you_mean(str(value), choices)
+            others = f" It can be {', '.join(choices)}." if "mean" in near else ""
+            raise OptionError(f"{name} {value!r} does not exist.{near}{others}")
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._refuse_twice(sys.argv[1:] if args is None else args)
         parsed, unknown = self.parse_known_args(args, namespace)
         for word in unknown:
             if word.startswith("-"):
@@ -33,6 +45,18 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             raise OptionError(f"Nothing is known of {unknown[0]!r}. See  {self.prog} --help")
         return parsed
+
+    def _refuse_twice(self, words: Sequence[str]) -> None:
+        """An option that is given again would silently take the place of the first."""
+        seen: dict[str, str] = {}
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            name = word.partition("=")[0]
+            action = self._option_string_actions.get(name)
+            if action is None or not name.startswith("--"):
+                continue
+            if (other := seen.setdefault(action.dest, name)) is not name:
+                both = f"{name} is given twice" if other == name else f"{other} and {name} are one option"
+                raise OptionError(f"{both}: keep one.")
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type, aliases: Mapping[str, str]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from dllm.cli.requests import ANSWER_KEYS, Request
+from dllm.disk import put_in_place
 from dllm.errors import OptionError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class AnswerFile:
         if not self.beside.exists():
             unfinished = self.beside.with_name(self.beside.name + ".unfinished")
             unfinished.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
-            os.replace(unfinished, self.beside)
+            put_in_place(unfinished, self.beside)
         return records
 
     def _compare_settings(self) -> None:

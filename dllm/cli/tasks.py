@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
@@ -104,8 +105,17 @@ class Puzzles(Task):
     seconds = 6.0
 
     @staticmethod
-    def unseen(seed: int | None) -> Request:
-        """A puzzle whose grid the model has not seen; without a seed another one each time."""
+    def unseen(seed: int | None, output: Path | None = None) -> Request:
+        """A puzzle whose grid the model has not seen; without a seed another one each time.
+
+        Raises:
+            OptionError: it would be another one each time in a file that a later run goes on with.
+        """
+        if seed is None and output is not None:
+            raise OptionError(
+                f"--output {output}: without a prompt another puzzle is drawn each time, and no later run could go on with the "
+                f"file. Give puzzles, or --seed N."
+            )
         from dllm.data.sudoku import puzzles
 
         seed = random.randrange(10**6) if seed is None else seed

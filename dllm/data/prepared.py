@@ -1,13 +1,13 @@
 """Rows of ids that were made once, kept in a folder and memory-mapped by every run that uses them.
 
 A folder holds what `datasets.DatasetDict.save_to_disk` writes, the tokenizer, and `prepared.json`, which says how the rows were
-made. It is written under another name first and gets its own by a rename, so a folder is whole or is not there.
+made. It is written under another name first and gets its own by a rename once it is on the disk, so a folder is whole or is not
+there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
@@ -18,6 +18,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from dllm.data.cache import tokenizer_fingerprint
+from dllm.disk import put_in_place
 from dllm.errors import DataError, OptionError
 
 MANIFEST = "prepared.json"
@@ -74,7 +75,7 @@ def write_prepared(
         tokenizer.save_pretrained(unfinished / TOKENIZER)
         text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False) + "\n"
         (unfinished / MANIFEST).write_text(text, encoding="utf-8")
-        os.replace(unfinished, folder)
+        put_in_place(unfinished, folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OptionError(f"{folder} cannot be written: {error.strerror or error}. Name another folder.") from error

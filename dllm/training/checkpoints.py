@@ -15,11 +15,11 @@ import re
 import shutil
 from pathlib import Path
 
+from dllm import disk
+
 SEAL = "files.json"
 UNFINISHED = "unfinished"
 """The folder of an output folder in which everything is written first; what a killed run left there is worth nothing."""
-_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF)
-"""What file systems answer that keep nothing back, or cannot be asked."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # torch.save does not pass on what the system said, only where its writer noticed
 _TORCH_WRITER = ("inline_container.cc", "PytorchStreamWriter", "iostream error")
@@ -71,30 +71,8 @@ def has_checkpoints(folder: Path) -> bool:
 
 def put_in_place(unfinished: Path, folder: Path) -> None:
     """Gives a folder that is whole its name; what had that name before is deleted afterwards."""
-    old = unfinished.with_name(f"{folder.name}.old")
-    for path in [*unfinished.rglob("*"), unfinished]:
-        sync(path)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(unfinished, folder)
-    sync(folder.parent)
+    disk.put_in_place(unfinished, folder, old=unfinished.with_name(f"{folder.name}.old"))
     shutil.rmtree(unfinished.parent, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk and not only in the machine's memory.
-
-    Raises:
-        OSError: they cannot be written, such as for want of room.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _CANNOT_SYNC:
-            raise
-    finally:
-        os.close(handle)
 
 
 def rotate(folder: Path, keep: int | None, best: str | None) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from system.workshop import save_tiny_model
+from torch._dynamo.utils import counters
 
 from dllm.cli import batches, display, line
 from dllm.cli.main import main
@@ -501,6 +502,37 @@ def test_conversations_are_not_raw(model: str, tmp_path: Path, capsys: pytest.Ca
     assert "--raw takes prompts as plain text" in json.loads(capsys.readouterr().out)["error"]
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize("name", ["a.txt", "answers", "a.json"])
+def test_answers_are_json_lines(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", EASY, "--output", str(tmp_path / name)]) == 2
+    assert f"{name}: a line is a JSON object; name a file that ends in .jsonl" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["generate", "infill"])
+def test_a_puzzle_that_is_drawn_goes_into_a_file_if_it_is_the_same_each_time(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = [command, "--steps", "1", "--output", str(tmp_path / "a.jsonl")]
+    assert main(run) == 2
+    assert "another puzzle is drawn each time" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    for _ in range(2):
+        assert main([*run, "--seed", "1"]) == 0
+    assert [row["row"] for row in lines(tmp_path / "a.jsonl")] == [0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.*")
+def test_a_compiled_model_gives_the_same_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    run = [PUZZLE, EASY, "--threshold", "0.9"]
+    assert records(capsys, *run) == records(capsys, *run, "--compile")
+    assert counters["stats"]["unique_graphs"] >= 1
+
+
 def test_json_or_a_file_but_not_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "--json", "--output", str(tmp_path / "a.jsonl")]) == 2
     assert "--output writes into a file what --json prints: keep one" in capsys.readouterr().err
@@ -543,6 +575,7 @@ def test_a_puzzle_is_traced_as_a_grid(suffix: str, tmp_path: Path, capsys: pytes
         ([EASY, "--trace", "run.htlm"], r"cannot be written to run\.htlm\. Did you mean '\.html'"),
         ([EASY, EASY, "--trace", "run.gif"], "A GIF shows one row, and there are 2"),
         ([EASY, "--trace", "nowhere/run.html"], "its folder has to exist"),
+        ([EASY, "--trace", "a.html", "--trace", "b.gif"], "--trace is given twice: keep one"),
     ],
 )
 def test_a_trace_that_cannot_be_written_is_told_before_a_model_is_loaded(

@@ -137,7 +137,15 @@ def test_prefixes_are_not_guessed(name: str) -> None:
     ("arguments", "message"),
     [
         (["--steps", "many"], r"argument --steps: invalid int value: 'many'\. See  this --help"),
-        (["--remasking", "high"], r"--remasking: invalid choice: 'high' \(choose from .*low_confidence"),
+        (["--remasking", "high"], r"--remasking 'high' does not exist\. It can be one of: .*low_confidence"),
+        (
+            ["--policy", "treshold"],
+            r"--policy 'treshold' does not exist\. Did you mean 'threshold'\? It can be fixed, ",
+        ),
+        (["--cache", "duel"], r"--cache 'duel' does not exist\. Did you mean 'dual'\?"),
+        (["--seed", "1", "--seed=1"], "--seed is given twice: keep one"),
+        (["--gen_length", "8", "--max_tokens", "8"], "--gen_length and --max_tokens are one option: keep one"),
+        (["--early_stop", "--no-early_stop"], "--early_stop and --no-early_stop are one option: keep one"),
         (["--temperature"], "argument --temperature: expected one argument"),
         (["word"], "Nothing is known of 'word'"),
         (["-q"], "There is no option '-q'"),

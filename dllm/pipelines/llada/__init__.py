@@ -29,9 +29,11 @@ from dllm.pipelines.llada.result import SamplingResult
 from dllm.pipelines.llada.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
+    from dllm.pipelines.llada.streamer import DraftStreamer
     from dllm.pipelines.llada.trainer import LLaDATrainer, pretrain, sft
 
 __all__ = [
+    "DraftStreamer",
     "Engine",
     "LLaDAConfig",
     "LLaDAMoEConfig",
@@ -55,7 +57,11 @@ __all__ = [
 ]
 
 
+# transformers' Trainer takes seconds to import
+_LATER = {"DraftStreamer": "streamer", "LLaDATrainer": "trainer", "pretrain": "trainer", "sft": "trainer"}
+
+
 def __getattr__(name: str) -> Any:
-    if name not in ("LLaDATrainer", "pretrain", "sft"):  # transformers' Trainer takes seconds to import
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("dllm.pipelines.llada.trainer"), name)
+    return getattr(importlib.import_module(f"dllm.pipelines.llada.{_LATER[name]}"), name)

@@ -264,6 +264,18 @@ def test_the_streamer_of_transformers_shows_it(capsys: pytest.CaptureFixture[str
     )  # what stays once drafts are wiped away
 
 
+def test_our_streamer_shows_a_sign_for_each_mask(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = bpe_tokenizer(["abc"], 262)
+    engine = Engine(writes(["x", *"abcd"], tokenizer), tokenizer)
+    shown = llada.DraftStreamer(tokenizer, skip_prompt=True)
+    assert "".join(engine.stream("x", streamer=shown, gen_length=4)) == "abcd"
+    printed = capsys.readouterr().out
+    assert [f"\033[33m{draft}\033[0m" in printed for draft in ("a___", "ab__", "abc_")] == [True] * 3
+    assert MASK not in printed
+    llada.DraftStreamer(TOKENIZER).put_draft(torch.tensor([TOKENIZER.mask_token_id]))
+    assert ("_" if "_" in TOKENIZER.get_vocab() else MASK) in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_stream_that_is_left_gives_its_row_up(background: bool) -> None:
     noted = Noted()
