@@ -245,20 +245,25 @@ def test_rows_join_and_leave_at_any_time(name: str, rows: list[tuple[list[int], 
 
 
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"cache": "prefix"}, [12, 9, 9, 8, 12, 4, 4, 4]),
-        ({"cache": "dual"}, [12, 5, 4, 4, 12, 5, 4, 4]),
-        # two tokens in the place of each that is committed
-        ({"cache": "dual", "policy": "wino", "threshold": 1.0}, [12, 7, 8, 10, 12, 7, 8, 10]),
-    ],
+    "options", [{"cache": "prefix"}, {"cache": "dual"}, {"cache": "dual", "policy": "wino"}], ids=str
 )
-def test_of_a_shifted_model_also_the_places_before_its_masks(options: dict[str, Any], expected: list[int]) -> None:
-    """As below; a place is before a mask of the block and none of it for as long as the block's first is a mask."""
-    config = SamplingConfig(block_length=4, early_stop=False, **options)
-    passes: list[int] = []
-    run("shifted", [[5, 6, 7, 8] + [MASK] * 8], config, passes=passes)
+def test_of_a_shifted_model_also_what_is_before_its_masks(options: dict[str, Any]) -> None:
+    """As below; and two tokens a shadow, for each place that is committed."""
+    config = SamplingConfig(
+        block_length=4, early_stop=False, **options, **{"threshold": 1.0} if len(options) > 1 else {}
+    )
+    row = [5, 6, 7, 8] + [MASK] * 8
+    masks, expected, passes = set(range(4, 12)), [], []
+    for step, commits in enumerate(slowly("shifted", [row], config)[0].commits):
+        start = 4 + step // 4 * 4
+        block = set(range(start, start + 4))
+        computed = set(range(12)) if step % 4 == 0 else block if config.cache == "dual" else set(range(start, 12))
+        shadows = block - masks if config.policy == "wino" else ()
+        expected.append(len(computed | {place - 1 for place in computed & masks}) + 2 * len(shadows))
+        masks -= {place for place, _, _ in commits}
+    run("shifted", [row], config, passes=passes)
     assert passes == expected
+    assert not masks
 
 
 @pytest.mark.parametrize(
