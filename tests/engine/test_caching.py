@@ -24,7 +24,8 @@ from dllm.sampling.batch import Batch
 from dllm.sampling.config import CACHE_OPTIONS, POLICY_OPTIONS, POLICY_REMASKING, SCHEDULED, SamplingConfig
 from dllm.sampling.loop import Denoised, denoise
 from dllm.sampling.network import Pass
-from dllm.sampling.rows import Request, SpecialTokens
+from dllm.sampling.packing import Shadows, pack_with_shadow
+from dllm.sampling.rows import Request, SpecialTokens, rows_of
 
 V, MASK, EOS = 24, 23, 22
 MODELS = ("dense", "moe")
@@ -242,6 +243,23 @@ def test_rows_join_and_leave_at_any_time(name: str, rows: list[tuple[list[int], 
         step += 1
     for row, (canvas, _) in enumerate(rows):
         assert found[row].tolist() == run(name, [canvas], config, numbers=[row]).canvases[0].tolist()
+
+
+@pytest.mark.parametrize("name", ["dense", "shifted"])
+def test_what_a_shadow_says_is_the_slow_ones(name: str) -> None:
+    """Of every committed place, the first of the row among them."""
+    ids, places = torch.tensor([[3, 5, MASK, 7]]), torch.arange(4)
+    rows = rows_of(asked([[MASK] * 4], SamplingConfig(policy="wino"), [0]), MASK)
+    rows.ids_RL, rows.open_RL = ids, ids == MASK
+    shadows = Shadows(places[None], ids != MASK, torch.where(ids[0] == MASK, -1, places))
+    options: dict[str, Any] = dict(branches=1, mask=MASK, reuse=None, shifted=name == "shifted")
+    work = pack_with_shadow(rows, torch.zeros_like(places), places, shadows, None, **options)
+    found = loaded(name)(
+        work.ids_T[None], position_ids=work.position_T[None], attention_mask=work.plan, logits_to_keep=work.wanted_M
+    )
+    read, verified = naive(name)(ids[0].tolist(), places.tolist(), {}, [0, 1, 3], {2})
+    expected = torch.tensor([verified[0], verified[1], read[2], verified[3]])
+    torch.testing.assert_close(found.logits[0].float(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
