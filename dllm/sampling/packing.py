@@ -138,7 +138,8 @@ def pack_with_shadow(
     position_PQ = torch.cat([place_L.expand(P, L), position_PS], 1)
     visible_PQQ = torch.zeros(P, Q, Q, dtype=torch.bool, device=device)
     visible_PQQ[:, :, :L] = rows.real_RL.repeat_interleave(branches, 0)[:, None]
-    visible_PQQ[:, L:, :L] &= (place_L != place_PS[:, :, None]) & (place_L != position_PS[:, :, None])
+    # hidden: the place, and where there is a copy the one before it
+    visible_PQQ[:, L:, :L] &= (place_L <= place_PS[:, :, None] - share) | (place_L > place_PS[:, :, None])
     visible_PQQ[:, L:, L:] = of_S[:, None] == of_S
     if shifted:
         visible_PQQ[:, L:, L::2] &= (place_PW > 0)[:, None]  # before the first position there is none to be copied

@@ -24,7 +24,8 @@ from dllm.sampling.batch import Batch
 from dllm.sampling.config import CACHE_OPTIONS, POLICY_OPTIONS, POLICY_REMASKING, SCHEDULED, SamplingConfig
 from dllm.sampling.loop import Denoised, denoise
 from dllm.sampling.network import Pass
-from dllm.sampling.rows import Request, SpecialTokens
+from dllm.sampling.packing import Shadows, pack_with_shadow
+from dllm.sampling.rows import Request, SpecialTokens, rows_of
 
 V, MASK, EOS = 24, 23, 22
 MODELS = ("dense", "moe")
@@ -244,21 +245,43 @@ def test_rows_join_and_leave_at_any_time(name: str, rows: list[tuple[list[int], 
         assert found[row].tolist() == run(name, [canvas], config, numbers=[row]).canvases[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["dense", "shifted"])
+def test_what_a_shadow_says_is_the_slow_ones(name: str) -> None:
+    """Of every committed place, the first of the row among them."""
+    ids, places = torch.tensor([[3, 5, MASK, 7]]), torch.arange(4)
+    rows = rows_of(asked([[MASK] * 4], SamplingConfig(policy="wino"), [0]), MASK)
+    rows.ids_RL, rows.open_RL = ids, ids == MASK
+    shadows = Shadows(places[None], ids != MASK, torch.where(ids[0] == MASK, -1, places))
+    options: dict[str, Any] = dict(branches=1, mask=MASK, reuse=None, shifted=name == "shifted")
+    work = pack_with_shadow(rows, torch.zeros_like(places), places, shadows, None, **options)
+    found = loaded(name)(
+        work.ids_T[None], position_ids=work.position_T[None], attention_mask=work.plan, logits_to_keep=work.wanted_M
+    )
+    read, verified = naive(name)(ids[0].tolist(), places.tolist(), {}, [0, 1, 3], {2})
+    expected = torch.tensor([verified[0], verified[1], read[2], verified[3]])
+    torch.testing.assert_close(found.logits[0].float(), expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"cache": "prefix"}, [12, 9, 9, 8, 12, 4, 4, 4]),
-        ({"cache": "dual"}, [12, 5, 4, 4, 12, 5, 4, 4]),
-        # two tokens in the place of each that is committed
-        ({"cache": "dual", "policy": "wino", "threshold": 1.0}, [12, 7, 8, 10, 12, 7, 8, 10]),
-    ],
+    "options", [{"cache": "prefix"}, {"cache": "dual"}, {"cache": "dual", "policy": "wino"}], ids=str
 )
-def test_of_a_shifted_model_also_the_places_before_its_masks(options: dict[str, Any], expected: list[int]) -> None:
-    """As below; a place is before a mask of the block and none of it for as long as the block's first is a mask."""
-    config = SamplingConfig(block_length=4, early_stop=False, **options)
-    passes: list[int] = []
-    run("shifted", [[5, 6, 7, 8] + [MASK] * 8], config, passes=passes)
+def test_of_a_shifted_model_also_what_is_before_its_masks(options: dict[str, Any]) -> None:
+    """As below; and two tokens a shadow, for each place that is committed."""
+    config = SamplingConfig(
+        block_length=4, early_stop=False, **options, **{"threshold": 1.0} if len(options) > 1 else {}
+    )
+    row = [5, 6, 7, 8] + [MASK] * 8
+    masks, expected, passes = set(range(4, 12)), [], []
+    for step, commits in enumerate(slowly("shifted", [row], config)[0].commits):
+        start = 4 + step // 4 * 4
+        block = set(range(start, start + 4))
+        computed = set(range(12)) if step % 4 == 0 else block if config.cache == "dual" else set(range(start, 12))
+        shadows = block - masks if config.policy == "wino" else ()
+        expected.append(len(computed | {place - 1 for place in computed & masks}) + 2 * len(shadows))
+        masks -= {place for place, _, _ in commits}
+    run("shifted", [row], config, passes=passes)
     assert passes == expected
+    assert not masks
 
 
 @pytest.mark.parametrize(
