@@ -13,6 +13,8 @@ import pytest
 
 from dllm.cli import english
 from dllm.cli.main import main
+from dllm.data.builtin import find_builtin
+from dllm.data.spec import parse_dataset_args
 from dllm.errors import CheckpointError, OptionError
 from dllm.sampling.config import SamplingConfig
 from dllm.training.run import Task, parse_arguments
@@ -21,9 +23,13 @@ from dllm.training.run import Task, parse_arguments
 @pytest.mark.parametrize(("task", "recipe"), [("pretrain", english.PRETRAIN), ("sft", english.SFT)])
 def test_the_recipe_is_made_of_options(task: Task, recipe: dict[str, str]) -> None:
     words = [word for pair in recipe.items() for word in pair]
-    _, data, training = parse_arguments(task, [*words, "--max_steps", "100", "--output_dir", "x"])
-    assert data.max_length == 128
-    assert training.learning_rate == 2e-4
+    model, data, training = parse_arguments(task, [*words, "--max_steps", "100", "--output_dir", "x"])
+    assert model.adapter.lora
+    assert data.max_length == int(recipe["--max_length"])
+    assert training.learning_rate == float(recipe["--learning_rate"])
+    sources = parse_dataset_args(data.dataset_args)
+    assert all(find_builtin(source.name.removeprefix("builtin:")) for source in sources)
+    assert all(source.test for source in sources), "all of a test split would take minutes to evaluate"
 
 
 def test_chat_is_made_of_options() -> None:
@@ -75,7 +81,7 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
 
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     english.check_room(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free=7_999))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free=1000 * english.ROOM - 1))
     with pytest.raises(OptionError, match=r"has 0.0 GB free, and training needs 0.0 GB: free some space"):
         english.check_room(tmp_path)
 
