@@ -186,21 +186,10 @@ def draw_trade(store: Store, path: Path) -> None:
         axes[0].axhline(per_token(real)[0], color="black", lw=0.8, ls=":")
         axes[0].annotate("real text", (1, per_token(real)[0]), (2, -10), textcoords="offset points", fontsize=8)
         axes[0].invert_yaxis()
-    handles = [
-        plt.Line2D([], [], color=colours[f], marker="o", ls="-" if f == "fixed" else "", label=f) for f in FAMILIES
-    ]
-    handles += [
-        plt.Line2D(
-            [],
-            [],
-            color="grey",
-            marker=s,
-            ls="",
-            label="no cache" if c == "none" else f"cache {c}",
-            mfc="grey" if c == "none" else "none",
-        )
-        for c, s in SHAPES.items()
-    ]
+    named = [(f, {"color": colours[f], "ls": "-" if f == "fixed" else "none", "marker": "o"}) for f in FAMILIES]
+    named += [(f"cache {c}", {"color": "grey", "ls": "none", "marker": s, "mfc": "none"}) for c, s in SHAPES.items()]
+    named[len(FAMILIES)] = ("no cache", {"color": "grey", "ls": "none", "marker": SHAPES["none"]})
+    handles = [plt.Line2D([], [], label=label, **look) for label, look in named]
     figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8)
     save_figure(figure, path)
 
