@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from system.test_interrupt import checkpoints, start, wait_for_step
+from system.test_interrupt import LONG, checkpoints, start, wait_for_step
 from system.workshop import BIN, make_workshop, run
 
 from dllm.training.callbacks import read_log
@@ -36,7 +36,7 @@ def test_a_signal_to_the_launcher_and_ctrl_c_save_and_stop_and_the_run_goes_on(t
         else:  # as a terminal does: to the launcher, which passes it on, and to both ranks
             os.killpg(process.pid, number)
         shown = out.with_suffix(".out")
-        assert process.wait(timeout=60) == status, shown.read_text()
+        assert process.wait(timeout=LONG) == status, shown.read_text()
         stopped = checkpoints(out)[-1]
         assert fault(out / f"checkpoint-{stopped}") is None
         assert f"Stopped at step {stopped}." in shown.read_text()

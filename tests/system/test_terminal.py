@@ -89,7 +89,7 @@ def typed(*script: tuple[str, str], words: list[str], cwd: Path) -> str:
     ) as run:
         os.close(there)
         try:
-            while select.select([here], [], [], 120)[0]:
+            while select.select([here], [], [], 300)[0]:
                 written += os.read(here, 65536)
                 while left and (found := re.search(left[0][0].encode(), written[seen_until:])):
                     seen_until += found.end()

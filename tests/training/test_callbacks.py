@@ -216,7 +216,7 @@ torch.distributed.destroy_process_group()
 """
     command = [sys.executable, "-c", script]
     ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "store")]) for rank in (0, 1)]
-    assert [process.wait(timeout=60) for process in ranks] == [0, 0]
+    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
 
 
 def test_signals_are_given_back_once(args: TrainingArguments) -> None:
