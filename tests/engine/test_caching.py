@@ -245,14 +245,15 @@ def test_rows_join_and_leave_at_any_time(name: str, rows: list[tuple[list[int], 
         assert found[row].tolist() == run(name, [canvas], config, numbers=[row]).canvases[0].tolist()
 
 
+@pytest.mark.parametrize("waits", [True, False])
 @pytest.mark.parametrize("name", ["dense", "shifted"])
-def test_what_a_shadow_says_is_the_slow_ones(name: str) -> None:
+def test_what_a_shadow_says_is_the_slow_ones(name: str, waits: bool) -> None:
     """Of every committed place, the first of the row among them."""
     ids, places = torch.tensor([[3, 5, MASK, 7]]), torch.arange(4)
     rows = rows_of(asked([[MASK] * 4], SamplingConfig(policy="wino"), [0]), MASK)
     rows.ids_RL, rows.open_RL = ids, ids == MASK
     shadows = Shadows(places[None], ids != MASK, torch.where(ids[0] == MASK, -1, places))
-    options: dict[str, Any] = dict(branches=1, mask=MASK, reuse=None, shifted=name == "shifted")
+    options: dict[str, Any] = dict(branches=1, mask=MASK, reuse=None, waits=waits, shifted=name == "shifted")
     work = pack_with_shadow(rows, torch.zeros_like(places), places, shadows, None, **options)
     found = loaded(name)(
         work.ids_T[None], position_ids=work.position_T[None], attention_mask=work.plan, logits_to_keep=work.wanted_M
