@@ -324,3 +324,23 @@ def test_buffers_are_allocated_once() -> None:
     denoise(noting, asked(rows, config, [0, 1, 2]), config, TOKENS, reuse=reuse)
     assert len(seen) == 1
     assert (reuse.buffers.rows, reuse.buffers.length) == (3, 12)
+
+
+@shifted_too
+@pytest.mark.parametrize("policy", ["fixed", "wino"])
+@pytest.mark.parametrize("kept", ["prefix", "dual", "delayed"])
+def test_a_host_that_does_not_wait_gets_the_same_tokens(name: str, policy: str, kept: str) -> None:
+    config = SamplingConfig(policy=policy, cache=kept, block_length=3, early_stop=False)
+    rows = [[1, 2, MASK, MASK, 3, MASK], [MASK] * 4, [5, MASK]]
+
+    def canvases(waits: bool) -> dict[Any, list[int]]:
+        model = loaded(name)
+        batch = Batch(network_of(model), config, TOKENS, "cpu", reuse=caching(config, model), waits=waits)
+        batch.add(asked(rows, config, [0, 1, 2]), names=[0, 1, 2])
+        done: dict[Any, list[int]] = {}
+        while len(batch):  # rows stay for some steps after they are done, the last ones alone
+            batch.step()
+            done |= {one.name: one.canvas.tolist() for one in batch.take_finished()}
+        return done
+
+    assert canvases(waits=False) == canvases(waits=True)
