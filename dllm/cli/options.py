@@ -54,9 +54,11 @@ class Parser(argparse.ArgumentParser):
             action = self._option_string_actions.get(name)
             if action is None or not name.startswith("--"):
                 continue
-            if (other := seen.setdefault(action.dest, name)) is not name:
+            if action.dest in seen:
+                other = seen[action.dest]
                 both = f"{name} is given twice" if other == name else f"{other} and {name} are one option"
                 raise OptionError(f"{both}: keep one.")
+            seen[action.dest] = name
 
 
 def add_settings(parser: argparse.ArgumentParser, settings: type, aliases: Mapping[str, str]) -> None:

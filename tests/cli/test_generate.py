@@ -534,7 +534,7 @@ def test_a_compiled_model_gives_the_same_answers(capsys: pytest.CaptureFixture[s
 
 
 def test_json_or_a_file_but_not_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "--json", "--output", str(tmp_path / "a.jsonl")]) == 2
+    assert main(["generate", EASY, "--json", "--output", str(tmp_path / "a.jsonl")]) == 2
     assert "--output writes into a file what --json prints: keep one" in capsys.readouterr().err
 
 

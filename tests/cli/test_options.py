@@ -143,6 +143,7 @@ def test_prefixes_are_not_guessed(name: str) -> None:
             r"--policy 'treshold' does not exist\. Did you mean 'threshold'\? It can be fixed, ",
         ),
         (["--cache", "duel"], r"--cache 'duel' does not exist\. Did you mean 'dual'\?"),
+        (["--seed", "1", "--seed", "1"], "--seed is given twice: keep one"),
         (["--seed", "1", "--seed=1"], "--seed is given twice: keep one"),
         (["--gen_length", "8", "--max_tokens", "8"], "--gen_length and --max_tokens are one option: keep one"),
         (["--early_stop", "--no-early_stop"], "--early_stop and --no-early_stop are one option: keep one"),
