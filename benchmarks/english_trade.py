@@ -101,8 +101,8 @@ def addition_model(folder: Path, steps: int) -> Path:
     if not final.exists():
         from dllm.pipelines.llada.trainer import pretrain
 
-        folder.mkdir(parents=True, exist_ok=True)
-        data = folder / "sums.jsonl"
+        data = folder.with_suffix(".jsonl")
+        data.parent.mkdir(parents=True, exist_ok=True)
         rows = (json.dumps({"text": question + answer.zfill(4)}) for question, answer in problems("train", 200_000))
         data.write_text("\n".join(rows) + "\n", encoding="utf-8")
         command = [word for pair in ADDITION_RECIPE.items() for word in pair]
