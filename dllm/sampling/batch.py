@@ -299,7 +299,9 @@ class Batch:
         )
         if self.shifted and compute_RL is not None:
             compute_RL = with_predecessors(compute_RL, rows.open_RL)
-        if compute_RL is not None and not self.waits:  # rows that are done stay for some steps: a pass of no token is none
+        if (
+            compute_RL is not None and not self.waits
+        ):  # rows that are done stay for some steps: a pass of no token is none
             compute_RL = compute_RL.clone()
             compute_RL[0, 0] |= ~compute_RL.any()
         options: dict[str, Any] = {
