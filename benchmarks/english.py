@@ -2,9 +2,8 @@
 
 Use, after `make english`:
 
-    python benchmarks/english.py --source SmolLM2-135M-Instruct.Q4_1.gguf --adapted runs/english/adapted
-        --pretrained runs/english/pretrained --tuned runs/english/tuned --scratch runs/scratch --plain runs/plain
-        --output benchmarks/results/english_cpu_DATE.md
+    python benchmarks/english.py --source SmolLM2-135M-Instruct.Q4_1.gguf --adapted runs/english/adapted --scratch runs/scratch
+        --pretrained runs/english/pretrained --tuned runs/english/tuned --output benchmarks/results/english_cpu_DATE.md
 
 `bits`: bits per character on held-out text, of each checkpoint along the runs. `definitions`: the share of held-out words whose
 own definition is chosen. `fluency`: nats per token, under the autoregressive source, of what is written by each policy, number
@@ -31,7 +30,7 @@ from dllm.training.callbacks import hide_bars
 
 MINUTES = {"bits": 7.0, "definitions": 4.0, "fluency": 9.0, "trade": 5.0}
 """After which a part begins no new row."""
-RUNS = ("adapted", "scratch", "plain", "pretrained", "tuned")
+RUNS = ("adapted", "scratch", "pretrained", "tuned")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,7 +41,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pretrained", type=Path, help="the run of continued pretraining")
     parser.add_argument("--tuned", type=Path, help="the run of fine-tuning")
     parser.add_argument("--scratch", type=Path, help="a run from fresh weights")
-    parser.add_argument("--plain", type=Path, help="a run like --pretrained, of a checkpoint without shift_logits")
     parser.add_argument("--fluent", choices=RUNS, default="pretrained", help="fluency: which model writes")
     parser.add_argument("--output", type=Path, required=True, help="of the .md; its .json stands beside it")
     parser.add_argument("--figure", type=Path, help="trade: of the picture")

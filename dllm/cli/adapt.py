@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from argparse import BooleanOptionalAction
 from collections.abc import Sequence
 
 from dllm.cli.options import Parser
 
-OPTIONS = ("gguf_file", "mask_token", "shift_logits", "dtype", "max_shard_size")
+OPTIONS = ("gguf_file", "mask_token", "dtype", "max_shard_size")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -26,12 +25,6 @@ def main(argv: Sequence[str]) -> None:
         default="auto",
         metavar="TOKEN",
         help="auto (a reserved token of the vocabulary, else a new one), reserved, append, or a token of the vocabulary",
-    )
-    parser.add_argument(
-        "--shift_logits",
-        action=BooleanOptionalAction,
-        default=True,
-        help="each token is predicted from the position before it, as in the source, which is learnt sooner",
     )
     parser.add_argument(
         "--dtype", default="auto", help="auto (as it is; float32 of a GGUF file), float32, bfloat16 or float16"

@@ -40,8 +40,6 @@ def main(argv: Sequence[str]) -> None:
     table.add_row("of them embedding and head", f"{info.embedding_parameters:,}")
     if info.stored_bytes is not None:
         table.add_row("stored", f"{info.dtype}, {_gigabytes(info.stored_bytes / 1e9)}")
-    if info.shift_logits:
-        table.add_row("logits", "shifted: a token is predicted from the position before it")
     for name, (text, id_) in info.special_tokens.items():
         table.add_row(f"{name} token", f"{id_}" if text is None else f"{id_}  {text}")
     for name, size in info.memory().items():

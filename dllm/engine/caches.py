@@ -16,7 +16,7 @@ A LLaDA sees in both directions, so keys and values of a position change wheneve
 the others are not, unless `cache_refresh=1` makes them compute everything too.
 
 Each rule is a pure function of the rows' state that reads nothing back to the host; a row that has no block computes
-nothing. Before a mask that is computed a shifted network needs the position before it too: `dllm.sampling.packing` adds it.
+nothing.
 
 Source: Fast-dLLM, arXiv:2505.22618, 3.2 (prefix, dual); dKV-Cache, arXiv:2505.15781, 3.3 (delayed).
 """

@@ -27,8 +27,7 @@ from dllm.engine.tickets import Cancelled, Ticket
 from dllm.errors import OptionError
 from dllm.sampling.batch import Batch
 from dllm.sampling.config import SamplingConfig
-from dllm.sampling.network import Network, Reuse, is_shifted
-from dllm.sampling.packing import most_shadows
+from dllm.sampling.network import Network, Reuse
 from dllm.sampling.rows import Finished, Progress, Request, SpecialTokens, check_steps
 
 
@@ -104,8 +103,7 @@ class Scheduler:
             OptionError: fewer steps than blocks, a row larger than the memory, or a line that is full.
         """
         check_steps(request)
-        shadow = most_shadows(request, is_shifted(self._network))
-        ticket = Ticket(self, request, watch, self._bytes_per_position(request.config), shadow, read)
+        ticket = Ticket(self, request, watch, self._bytes_per_position(request.config), read)
         if ticket.rows > self.max_rows:
             raise OptionError(
                 f"cfg_scale={request.config.cfg_scale} takes two rows, and max_rows={self.max_rows}: leave out cfg_scale, or "

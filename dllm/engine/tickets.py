@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dllm.errors import DllmError
 from dllm.sampling.batch import Batch, alike
-from dllm.sampling.rows import Progress, Request
+from dllm.sampling.policies import POLICIES
+from dllm.sampling.rows import Progress, Request, most_in_block
 from dllm.sampling.trace import StepEvent
 
 
@@ -68,14 +69,14 @@ class Ticket:
         request: Request,
         watch: bool,
         bytes_per_position: int,
-        shadow: int,
         read: Callable[[Request, Tensor], str] | None = None,
     ) -> None:
         self.request, self.watched = request, watch
         self.kind = alike(request.config)
         self.rows = request.config.branches
         self.length = request.most_positions
-        self.bytes_per_position, self.shadow = bytes_per_position, shadow
+        self.shadow = most_in_block(request) if "verified" in POLICIES[request.config.policy].needs else 0
+        self.bytes_per_position = bytes_per_position
         self._read = read
         self.alone = False
         """Whether it has to be tried by itself, because a batch that it was in failed."""

@@ -95,39 +95,6 @@ def encode(
     return Encoded(x_BLD, (*states, x_BLD) if wanted else None, tuple(routers))
 
 
-def states_before(
-    hidden_BLD: Tensor,
-    attention_mask: Tensor | AttentionPlan | None,
-    position_ids: Tensor | None,
-    document_ids: Tensor | None,
-) -> Tensor:
-    """At each position the state of the one before it, from which a model with `shift_logits` predicts its token.
-
-    A position that has none before it keeps its own: the first of a row, of a document, after padding, and of a row that is
-    packed behind another. Nothing is read to the host.
-
-    Args:
-        hidden_BLD: [B, L, D].
-        attention_mask: as given to `encode`, as are the others.
-        position_ids: int64 [B, L] or [1, L]: one before is where the number is less by one.
-        document_ids: int64 [B, L].
-
-    Returns:
-        [B, L, D].
-
-    Source: Dream, arXiv:2508.15487, 2.2 (shift operation).
-    """
-    follows_BL = torch.ones(1, hidden_BLD.shape[1] - 1, dtype=torch.bool, device=hidden_BLD.device)
-    if position_ids is not None:
-        follows_BL = position_ids[:, 1:] == position_ids[:, :-1] + 1
-    if document_ids is not None:
-        follows_BL = follows_BL & ~document_starts(document_ids)[:, 1:]
-    if isinstance(attention_mask, Tensor):
-        follows_BL = follows_BL & (attention_mask[:, :-1] != 0)
-    later_BLD = torch.where(follows_BL[:, :, None], hidden_BLD[:, :-1], hidden_BLD[:, 1:])
-    return torch.cat([hidden_BLD[:, :1], later_BLD], 1)
-
-
 def states_at(hidden_BLD: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     """The states of the positions that are asked for.
 

@@ -24,8 +24,8 @@ from dllm.sampling.change import Distributions
 from dllm.sampling.config import SamplingConfig
 from dllm.sampling.found import Found, spread, sureness
 from dllm.sampling.length_rules import LengthRules
-from dllm.sampling.network import Network, Reuse, is_shifted
-from dllm.sampling.packing import Shadows, most_shadows, pack, pack_with_shadow, with_predecessors
+from dllm.sampling.network import Network, Reuse
+from dllm.sampling.packing import Shadows, pack, pack_with_shadow
 from dllm.sampling.policies import POLICIES
 from dllm.sampling.proposals import Keys, Question, propose
 from dllm.sampling.rows import (
@@ -37,6 +37,7 @@ from dllm.sampling.rows import (
     SpecialTokens,
     answered,
     compacted,
+    most_in_block,
     rows_of,
     scheduled,
     size_of,
@@ -91,7 +92,7 @@ class Batch:
         waits: bool | None = None,
     ) -> None:
         self.network, self.config, self.tokens, self.device = network, config, tokens, torch.device(device)
-        self.reuse, self.watch, self.shifted = reuse, watch, is_shifted(network)
+        self.reuse, self.watch = reuse, watch
         self.waits = self.device.type == "cpu" if waits is None else waits
         self._looks: deque[tuple[list[Hashable], Tensor, torch.cuda.Event | None]] = deque()  # of the last steps
         self.policy = POLICIES[config.policy]
@@ -138,7 +139,7 @@ class Batch:
         self.requests += requests
         self._sizes += map(size_of, requests)
         if self.reuse is not None:
-            shadow = max(most_shadows(request, self.shifted) for request in self.requests)
+            shadow = max(map(most_in_block, self.requests)) if "verified" in self._needs else 0
             positions = max(request.most_positions for request in self.requests)
             self.reuse.admit(len(self.rows) * self.branches, positions + shadow, room)
 
@@ -297,8 +298,6 @@ class Batch:
             rows.ids_RL[row_N, position_N] if shadowed else None,
             self.rules.watched,
         )
-        if self.shifted and compute_RL is not None:
-            compute_RL = with_predecessors(compute_RL, rows.open_RL)
         if (
             compute_RL is not None and not self.waits
         ):  # rows that are done stay for some steps: a pass of no token is none
@@ -317,7 +316,7 @@ class Batch:
             committed_N = (view.block_RW & ~view.open_RW)[row_N, w_N]
             shadow_N = torch.where(committed_N, view.offset_RW[row_N, w_N] - rows.start_R[row_N], -1)
             shadows = Shadows(block.place_RW, needed_RW, shadow_N)
-            work = pack_with_shadow(rows, row_N, position_N, shadows, compute_RL, **options, shifted=self.shifted)
+            work = pack_with_shadow(rows, row_N, position_N, shadows, compute_RL, **options)
         else:
             lengths_P = [size.length for size in self._sizes for _ in range(self.branches)]
             work = pack(rows, row_N, position_N, lengths_P, compute_RL, **options)

@@ -32,18 +32,9 @@ class Pass(NamedTuple):
 
 
 class Network(Protocol):
-    """The mask predictor: gives what `readout` makes of (head, states [M, D] at `wanted_M`).
-
-    One whose attribute `shifted` is true reads each of them from the token before it in the pass, where that is the one before
-    it in its row.
-    """
+    """The mask predictor: gives what `readout` makes of (head, states [M, D] at `wanted_M`)."""
 
     def __call__(self, work: Pass, readout: Callable[[nn.Module, Tensor], Proposals], /) -> Proposals: ...
-
-
-def is_shifted(network: Network) -> bool:
-    """Whether a pass has to hold the token before each that is read."""
-    return bool(getattr(network, "shifted", False))  # a plain function is a network too
 
 
 class Reuse(Protocol):

@@ -1,8 +1,8 @@
 """The forward of a step: which tokens go through the network, one row after the other, and whose states are read.
 
 Shapes: R rows, P rows of the pass (twice R with guidance: row p is branch p % branches of row p // branches), L positions of
-the longest, W places of the widest current block, S tokens of their shadows, Q = L + S, T tokens of the pass, N positions that
-are asked for, M = N * branches.
+the longest, W places of the widest current block, Q = L + W, T tokens of the pass, N positions that are asked for,
+M = N * branches.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from dllm.layers.attention import AttentionPlan, RaggedRows
 from dllm.sampling.network import Pass, Reuse
-from dllm.sampling.policies import POLICIES
-from dllm.sampling.rows import Request, Rows, most_in_block
+from dllm.sampling.rows import Rows
 
 
 class Shadows(NamedTuple):
-    """What stands behind each row: a mask for each place of its block."""
+    """Masks behind each row, one for each place of its block."""
 
     place_RW: Tensor
     """int64: the positions of the places."""
@@ -27,18 +26,6 @@ class Shadows(NamedTuple):
     """bool: those whose place holds a token."""
     shadow_N: Tensor
     """int64: which of them is read for each of the N places that are asked for; -1 for the row itself."""
-
-
-def most_shadows(request: Request, shifted: bool) -> int:
-    """How many tokens may stand behind the request's row for a policy that verifies: of a shifted network two for each place."""
-    if "verified" not in POLICIES[request.config.policy].needs:
-        return 0
-    return most_in_block(request) * (2 if shifted else 1)
-
-
-def with_predecessors(compute_RL: Tensor, open_RL: Tensor) -> Tensor:
-    """bool [R, L]: what a cache computes, and the position before each mask of it, from which a shifted network reads it."""
-    return compute_RL | torch.nn.functional.pad((compute_RL & open_RL)[:, 1:], (0, 1))
 
 
 def pack(
@@ -99,15 +86,11 @@ def pack_with_shadow(
     mask: int,
     reuse: Reuse | None,
     waits: bool,
-    shifted: bool,
 ) -> Pass:
     """Every row, and after it masks for the committed places of its block: shadows that see all but the token in their place.
 
     The row does not see its shadows. Committed places of the block are read from the shadow, all others from the row. Where
     the host must not wait for the device, and without a cache, every place of the block has one.
-
-    A shifted network predicts the place from the token before it, which in the row has seen the place's token. So a copy of that
-    token is part of the shadow: copy and mask see each other, and of the row all but the two tokens in their positions.
 
     Args:
         rows: see `pack`.
@@ -119,39 +102,26 @@ def pack_with_shadow(
         mask: see `pack`.
         reuse: see `pack`.
         waits: see `pack`.
-        shifted: whether the network is.
 
     Source: WINO, arXiv:2507.18578.
     """
     ids_PL = _branches(rows, branches, mask)
-    (P, L), device = ids_PL.shape, ids_PL.device
-    place_PW = shadows.place_RW.repeat_interleave(branches, 0)
-    shadow_PS, position_PS, share = torch.full_like(place_PW, mask), place_PW, 1
-    if shifted:
-        before_PW = (place_PW - 1).clamp(min=0)
-        shadow_PS = torch.stack([ids_PL.gather(1, before_PW), shadow_PS], 2).flatten(1)
-        position_PS, share = torch.stack([before_PW, place_PW], 2).flatten(1), 2
-    place_PS = place_PW.repeat_interleave(share, 1)
-    S = place_PS.shape[1]
-    Q, place_L, of_S = L + S, torch.arange(L, device=device), torch.arange(S, device=device) // share
-    ids_PQ = torch.cat([ids_PL, shadow_PS], 1)
-    position_PQ = torch.cat([place_L.expand(P, L), position_PS], 1)
+    (P, L), W, device = ids_PL.shape, shadows.place_RW.shape[1], ids_PL.device
+    Q, shadow_PW = L + W, shadows.place_RW.repeat_interleave(branches, 0)
+    ids_PQ = torch.cat([ids_PL, torch.full_like(shadow_PW, mask)], 1)
+    position_PQ = torch.cat([torch.arange(L, device=device).expand(P, L), shadow_PW], 1)
     visible_PQQ = torch.zeros(P, Q, Q, dtype=torch.bool, device=device)
     visible_PQQ[:, :, :L] = rows.real_RL.repeat_interleave(branches, 0)[:, None]
-    # hidden: the place, and where there is a copy the one before it
-    visible_PQQ[:, L:, :L] &= (place_L <= place_PS[:, :, None] - share) | (place_L > place_PS[:, :, None])
-    visible_PQQ[:, L:, L:] = of_S[:, None] == of_S
-    if shifted:
-        visible_PQQ[:, L:, L::2] &= (place_PW > 0)[:, None]  # before the first position there is none to be copied
-    at_N = torch.where(shadows.shadow_N < 0, position_N, L + (shadows.shadow_N + 1) * share - 1)
+    visible_PQQ[:, L:, :L] &= torch.arange(L, device=device) != shadow_PW[:, :, None]
+    visible_PQQ[:, L:, L:] = torch.eye(W, dtype=torch.bool, device=device)
+    at_N = torch.where(shadows.shadow_N < 0, position_N, L + shadows.shadow_N)
     if reuse is None and not waits:
         wanted_M = torch.cat([(row_N * branches + branch) * Q + at_N for branch in range(branches)])
         tokens_P = [Q] * P
         shadowed = RaggedRows(tokens_P, device, visible_PQQ[:, None])
         return Pass(ids_PQ.flatten(), position_PQ.flatten(), wanted_M, shadowed, tokens_P)
     # with a cache the shadow's keys and values lie behind the row's; only committed places need one
-    needed_RS = shadows.needed_RW.repeat_interleave(share, 1)
-    compute_RQ = torch.cat([rows.real_RL if compute_RL is None else compute_RL, needed_RS], 1)
+    compute_RQ = torch.cat([rows.real_RL if compute_RL is None else compute_RL, shadows.needed_RW], 1)
     compute_PQ = compute_RQ.repeat_interleave(branches, 0)
     row_T, place_T = compute_PQ.nonzero(as_tuple=True)
     order_PQ = (compute_PQ.flatten().cumsum(0) - 1).view(P, Q)

@@ -193,9 +193,7 @@ def test_tokens_that_nobody_else_sees_lie_behind_the_row(name: str) -> None:
         output = model.model(input_ids=ids_T[None], attention_mask=plan, position_ids=position_T[None])
         found = output.last_hidden_state[0].split(counts)
         for row, state_PD in enumerate(found):
-            expected = naive(name).states(
-                ids[row].tolist(), computed[row], dicts[row], [[place] for place in shadows[row]]
-            )
+            expected = naive(name).states(ids[row].tolist(), computed[row], dicts[row], shadows[row])
             torch.testing.assert_close(state_PD, expected, rtol=0, atol=BOUND)
 
 

@@ -30,7 +30,6 @@ from dllm.sampling.rows import Request, SpecialTokens, rows_of
 V, MASK, EOS = 24, 23, 22
 MODELS = ("dense", "moe")
 every_model = pytest.mark.parametrize("name", MODELS)
-shifted_too = pytest.mark.parametrize("name", [*MODELS, "shifted"])
 TOKENS = SpecialTokens(MASK, (EOS,), (EOS,))
 tokens = st.integers(0, V - 2)
 
@@ -46,9 +45,9 @@ def loaded(name: str) -> PreTrainedModel:
     """Random weights with several query heads to a key head, in fp64: there, no two ways of adding up choose two tokens."""
     torch.manual_seed(1)
     shared: dict[str, Any] = dict(vocab_size=V, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS)
-    if name in ("dense", "shifted"):
+    if name == "dense":
         sizes = dict(d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, mlp_hidden_size=48, max_sequence_length=64)
-        model = LLaDAModelLM(LLaDAConfig(**shared, **sizes, embedding_size=V, shift_logits=name == "shifted"))
+        model = LLaDAModelLM(LLaDAConfig(**shared, **sizes, embedding_size=V))
     else:
         model = LLaDAMoEModelLM(
             LLaDAMoEConfig(
@@ -131,15 +130,15 @@ def run(
     passes: list[int] | None = None,
 ) -> Denoised:
     """`passes` is told how many tokens each pass has."""
+    network = network_of(loaded(name))
 
-    def count(model: Any, given_: Any, kwargs: dict[str, Any]) -> None:
+    def counted(work: Pass, readout: Any) -> Any:
         if passes is not None:
-            passes.append(kwargs["input_ids"].shape[1])
+            passes.append(len(work.ids_T))
+        return network(work, readout)
 
-    model = loaded(name)
     requests = asked(rows, config, list(range(len(rows))) if numbers is None else numbers)
-    with model.register_forward_pre_hook(count, with_kwargs=True):
-        return denoise(network_of(model), requests, config, TOKENS, reuse=caching(config, model))
+    return denoise(counted, requests, config, TOKENS, reuse=caching(config, loaded(name)))
 
 
 def slowly(name: str, rows: list[list[int]], config: SamplingConfig) -> list[Written]:
@@ -154,7 +153,7 @@ def lists(found: list[Tensor]) -> list[list[int]]:
     return [canvas.tolist() for canvas in found]
 
 
-@shifted_too
+@every_model
 @settings(max_examples=8)
 @given(st.lists(canvases(), min_size=1, max_size=3), configs())
 def test_equals_the_sampler_with_a_dict_of_positions(name: str, rows: list[list[int]], config: SamplingConfig) -> None:
@@ -164,7 +163,7 @@ def test_equals_the_sampler_with_a_dict_of_positions(name: str, rows: list[list[
     assert done.nfe == max(row.forwards for row in expected)
 
 
-@shifted_too
+@every_model
 @settings(max_examples=12)
 @given(st.lists(canvases(), min_size=1, max_size=2), configs(policies=["wino", "remdm"]))
 def test_equals_it_where_tokens_are_taken_back(name: str, rows: list[list[int]], config: SamplingConfig) -> None:
@@ -173,9 +172,8 @@ def test_equals_it_where_tokens_are_taken_back(name: str, rows: list[list[int]],
     assert done.steps == [row.steps for row in expected]
 
 
-@pytest.mark.parametrize(
-    ("name", "kept"), [*((name, kept) for name in MODELS for kept in ("none", "dual")), ("shifted", "dual")]
-)
+@every_model
+@pytest.mark.parametrize("kept", ["none", "dual"])
 def test_a_shadow_does_not_see_the_token_that_it_verifies(name: str, kept: Any) -> None:
     """Thresholds at which tokens are taken back, so that it matters what the shadow sees."""
     taken_back = 0
@@ -203,10 +201,8 @@ def test_refreshed_at_every_step_is_exact(name: str, rows: list[list[int]], conf
     assert reuse.exact
 
 
-@pytest.mark.parametrize(
-    ("name", "kept"),
-    [*((name, kept) for name in MODELS for kept in ("prefix", "dual", "vicinity", "delayed")), ("shifted", "dual")],
-)
+@every_model
+@pytest.mark.parametrize("kept", ["prefix", "dual", "vicinity", "delayed"])
 def test_a_row_has_its_tokens_alone_and_in_any_company(name: str, kept: Any) -> None:
     rows = [[3, 1, 4] + [MASK] * 9, [MASK] * 5 + [7, 8], [9] * 12 + [MASK] * 4, [MASK, 2] * 4]
     config = SamplingConfig(
@@ -245,44 +241,22 @@ def test_rows_join_and_leave_at_any_time(name: str, rows: list[tuple[list[int], 
         assert found[row].tolist() == run(name, [canvas], config, numbers=[row]).canvases[0].tolist()
 
 
+@every_model
 @pytest.mark.parametrize("waits", [True, False])
-@pytest.mark.parametrize("name", ["dense", "shifted"])
 def test_what_a_shadow_says_is_the_slow_ones(name: str, waits: bool) -> None:
     """Of every committed place, the first of the row among them."""
     ids, places = torch.tensor([[3, 5, MASK, 7]]), torch.arange(4)
     rows = rows_of(asked([[MASK] * 4], SamplingConfig(policy="wino"), [0]), MASK)
     rows.ids_RL, rows.open_RL = ids, ids == MASK
     shadows = Shadows(places[None], ids != MASK, torch.where(ids[0] == MASK, -1, places))
-    options: dict[str, Any] = dict(branches=1, mask=MASK, reuse=None, waits=waits, shifted=name == "shifted")
+    options: dict[str, Any] = dict(branches=1, mask=MASK, reuse=None, waits=waits)
     work = pack_with_shadow(rows, torch.zeros_like(places), places, shadows, None, **options)
     found = loaded(name)(
         work.ids_T[None], position_ids=work.position_T[None], attention_mask=work.plan, logits_to_keep=work.wanted_M
     )
-    read, verified = naive(name)(ids[0].tolist(), places.tolist(), {}, [0, 1, 3], {2})
+    read, verified = naive(name)(ids[0].tolist(), places.tolist(), {}, [0, 1, 3])
     expected = torch.tensor([verified[0], verified[1], read[2], verified[3]])
     torch.testing.assert_close(found.logits[0].float(), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    "options", [{"cache": "prefix"}, {"cache": "dual"}, {"cache": "dual", "policy": "wino"}], ids=str
-)
-def test_of_a_shifted_model_also_what_is_before_its_masks(options: dict[str, Any]) -> None:
-    """As below; and two tokens a shadow, for each place that is committed."""
-    config = SamplingConfig(
-        block_length=4, early_stop=False, **options, **{"threshold": 1.0} if len(options) > 1 else {}
-    )
-    row = [5, 6, 7, 8] + [MASK] * 8
-    masks, expected, passes = set(range(4, 12)), [], []
-    for step, commits in enumerate(slowly("shifted", [row], config)[0].commits):
-        start = 4 + step // 4 * 4
-        block = set(range(start, start + 4))
-        computed = set(range(12)) if step % 4 == 0 else block if config.cache == "dual" else set(range(start, 12))
-        shadows = block - masks if config.policy == "wino" else ()
-        expected.append(len(computed | {place - 1 for place in computed & masks}) + 2 * len(shadows))
-        masks -= {place for place, _, _ in commits}
-    run("shifted", [row], config, passes=passes)
-    assert passes == expected
-    assert not masks
 
 
 @pytest.mark.parametrize(
@@ -326,7 +300,7 @@ def test_buffers_are_allocated_once() -> None:
     assert (reuse.buffers.rows, reuse.buffers.length) == (3, 12)
 
 
-@shifted_too
+@every_model
 @pytest.mark.parametrize("policy", ["fixed", "wino"])
 @pytest.mark.parametrize("kept", ["prefix", "dual", "delayed"])
 def test_a_host_that_does_not_wait_gets_the_same_tokens(name: str, policy: str, kept: str) -> None:

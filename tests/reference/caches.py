@@ -52,17 +52,11 @@ def positions(
 
 
 def dense_states(
-    tensors: Mapping[str, Tensor],
-    config: Any,
-    ids: list[int],
-    computed: list[int],
-    kept: Kept,
-    shadows: list[list[int]],
+    tensors: Mapping[str, Tensor], config: Any, ids: list[int], computed: list[int], kept: Kept, shadows: list[int]
 ) -> Tensor:
     """[P, D] after the last norm, of a dense model; keys and values of `computed` are put into `kept`.
 
-    A shadow is a mask in the place of a token, which nobody else sees. It may bring copies of the tokens in places before it,
-    which stand for them before the shadow and each other. Their states come after those of `computed`.
+    A shadow is a mask in the place of a token, which nobody else sees; their states come after those of `computed`.
     """
     x = tensors["model.transformer.wte.weight"][shown(ids, computed, shadows, config)]
     for i in range(config.n_layers):
@@ -79,12 +73,7 @@ def dense_states(
 
 
 def moe_states(
-    tensors: Mapping[str, Tensor],
-    config: Any,
-    ids: list[int],
-    computed: list[int],
-    kept: Kept,
-    shadows: list[list[int]],
+    tensors: Mapping[str, Tensor], config: Any, ids: list[int], computed: list[int], kept: Kept, shadows: list[int]
 ) -> Tensor:
     """[P, D] after the last norm, of a mixture of experts; `tensors` has the experts one by one. See `dense_states`."""
     x = tensors["model.embed_tokens.weight"][shown(ids, computed, shadows, config)]
@@ -103,11 +92,8 @@ def moe_states(
     return rms_norm(x, tensors["model.norm.weight"], config.rms_norm_eps)
 
 
-def shown(ids: list[int], computed: list[int], shadows: list[list[int]], config: Any) -> Tensor:
-    tokens = [ids[place] for place in computed]
-    for shadow in shadows:
-        tokens += [*(ids[place] for place in shadow[:-1]), config.mask_token_id]
-    return torch.tensor(tokens)
+def shown(ids: list[int], computed: list[int], shadows: list[int], config: Any) -> Tensor:
+    return torch.tensor([*(ids[place] for place in computed), *(config.mask_token_id for _ in shadows)])
 
 
 def attended(
@@ -115,24 +101,20 @@ def attended(
     k_PGK: Tensor,
     v_PGK: Tensor,
     computed: list[int],
-    shadows: list[list[int]],
+    shadows: list[int],
     kept: dict[int, tuple[Tensor, Tensor]],
     theta: float,
 ) -> Tensor:
-    """[P, H * K]: what was computed replaces what was kept; then every query sees every position, a shadow itself and its
-    copies in their places."""
-    places = [*computed, *(place for shadow in shadows for place in shadow)]
+    """[P, H * K]: what was computed replaces what was kept; then every query sees every position, a shadow itself in its
+    place."""
+    places = [*computed, *shadows]
     q_PHK, k_PGK = rotated(q_PHK, places, theta), rotated(k_PGK, places, theta)
     for i, place in enumerate(computed):
         kept[place] = (k_PGK[i], v_PGK[i])
     out = torch.empty_like(q_PHK)
     out[: len(computed)] = mixed(q_PHK[: len(computed)], kept)
-    start = len(computed)
-    for shadow in shadows:
-        own = range(start, start + len(shadow))
-        seen = kept | {places[i]: (k_PGK[i], v_PGK[i]) for i in own}
-        out[start : own.stop] = mixed(q_PHK[start : own.stop], seen)
-        start = own.stop
+    for i in range(len(computed), len(places)):
+        out[i : i + 1] = mixed(q_PHK[i : i + 1], {**kept, places[i]: (k_PGK[i], v_PGK[i])})
     return out.flatten(1)
 
 
@@ -175,31 +157,16 @@ class CachedModel:
         self.forward = moe_states if hasattr(model.config, "num_experts") else dense_states
         self.head = model.get_output_embeddings().weight
 
-    def states(self, ids: list[int], computed: list[int], kept: Kept, shadows: Sequence[list[int]] = ()) -> Tensor:
+    def states(self, ids: list[int], computed: list[int], kept: Kept, shadows: Sequence[int] = ()) -> Tensor:
         """[P, D] after the last norm."""
         return self.forward(self.tensors, self.config, ids, computed, kept, list(shadows))
 
     def __call__(
-        self, ids: list[int], computed: list[int], kept: Kept, shadows: list[int], open_places: Collection[int]
+        self, ids: list[int], computed: list[int], kept: Kept, shadows: list[int]
     ) -> tuple[LogitsAt, LogitsAt]:
-        """Logits of what was computed and of the shadows, by their positions, each number one that fp32 holds.
-
-        A shifted model reads an open place from the position before it, which is computed with it; the first position from
-        itself. Before a shadow that is a copy of the token before it, which does not see the place's token either.
-        """
-        if not getattr(self.config, "shift_logits", False):
-            rows = self.logits(ids, computed, kept, [[place] for place in shadows])
-            return dict(zip(computed, rows, strict=False)), dict(zip(shadows, rows[len(computed) :], strict=True))
-        read = [place for place in computed if place in open_places]
-        everything = sorted({*computed, *(place - 1 for place in read if place > 0)})
-        pairs = [[place - 1, place] if place > 0 else [place] for place in shadows]
-        rows = self.logits(ids, everything, kept, pairs)
-        found = {place: rows[everything.index(max(0, place - 1))] for place in read}
-        starts = [len(everything) + sum(map(len, pairs[:i])) for i in range(len(pairs))]
-        return found, {place: rows[start] for place, start in zip(shadows, starts, strict=True)}
-
-    def logits(self, ids: list[int], computed: list[int], kept: Kept, shadows: list[list[int]]) -> list[list[float]]:
-        return linear(self.states(ids, computed, kept, shadows), self.head).float().tolist()
+        """Logits of what was computed and of the shadows, by their positions, each number one that fp32 holds."""
+        rows = linear(self.states(ids, computed, kept, shadows), self.head).float().tolist()
+        return dict(zip(computed, rows, strict=False)), dict(zip(shadows, rows[len(computed) :], strict=True))
 
 
 def public_tensors(model: Any) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ of a tail and noise that is keyed in place of torch's generator.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ Logits = Callable[[list[int]], list[list[float]]]
 """From one row, without padding, to the logits of every position; each number one that fp32 holds."""
 
 
-CachedLogits = Callable[[list[int], list[int], Kept, list[int], Collection[int]], tuple[LogitsAt, LogitsAt]]
+CachedLogits = Callable[[list[int], list[int], Kept, list[int]], tuple[LogitsAt, LogitsAt]]
 """See `reference.caches.CachedModel`."""
 
 
@@ -157,7 +157,7 @@ def sample_row(
                 looks.append((dict(enumerate(logits_of(ids))), {}))
                 continue
             shadows = [place for place in block if place not in open_places] if config.policy == "wino" else []
-            looks.append(cached(ids, computed, keys_and_values, shadows, open_places))
+            looks.append(cached(ids, computed, keys_and_values, shadows))
         if len(looks) == 1:
             return looks[0]
         both = []

@@ -62,7 +62,6 @@ def adapt(
     *,
     gguf_file: str | None = None,
     mask_token: str = "auto",
-    shift_logits: bool = True,
     dtype: str = "auto",
     max_shard_size: str = "5GB",
     say: Callable[[str], None] | None = None,
@@ -85,8 +84,6 @@ def adapt(
         gguf_file: which GGUF file of the folder or hub id.
         mask_token: "auto", "reserved", "append" or a token of the vocabulary; see
             `dllm.pipelines.llada.adapted_tokenizer.choose_mask`.
-        shift_logits: each token is predicted from the position before it, as the source does; without, from its own, as
-            LLaDA's own checkpoints do, which takes longer to learn (docs/adapting.md).
         dtype: of the written weights; "auto" keeps the stored one, and gives fp32 of a GGUF file.
         max_shard_size: such as "5GB"; a model that is larger becomes several files and an index.
         say: is told what the source is, before its weights are read.
@@ -108,7 +105,7 @@ def adapt(
     prepare_tokenizer(tokenizer, str(source))
     if template != "marked" and GENERATION in str(tokenizer.chat_template):
         template = "llada"
-    config = adapted_config(theirs, tokenizer, shift_logits)
+    config = adapted_config(theirs, tokenizer)
     config.adapted_from = {
         "source": str(source),
         **({"gguf_file": place.gguf_file} if place.gguf_file else {}),
@@ -144,15 +141,12 @@ def adapt(
     )
 
 
-def adapted_config(
-    theirs: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, shift_logits: bool = True
-) -> LLaDAConfig:
+def adapted_config(theirs: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> LLaDAConfig:
     """The same sizes in LLaDA's keys.
 
     Args:
         theirs: of `read_config`.
         tokenizer: with its mask.
-        shift_logits: see `adapt`.
     """
     rows = theirs.vocab_size
     if len(tokenizer) > rows:
@@ -170,7 +164,6 @@ def adapted_config(
         rms_norm_eps=theirs.rms_norm_eps,
         weight_tying=theirs.tie_word_embeddings,
         include_qkv_bias=theirs.model_type in BIASED,
-        shift_logits=shift_logits,
         mask_token_id=tokenizer.mask_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -47,8 +47,6 @@ class CheckpointInfo:
     dtype: str | None
     """Of the stored weights; None where there are none, or where they are not here."""
     stored_bytes: int | None
-    shift_logits: bool
-    """Whether a token is predicted from the position before it."""
     special_tokens: dict[str, tuple[str | None, int]]
     """mask, eos, ... -> (text, id); the text is None where only the configuration says the id."""
 
@@ -106,7 +104,6 @@ def inspect(name_or_path: str) -> CheckpointInfo:
         ),
         dtype=", ".join(sorted({_SPELT.get(dtype, dtype) for dtype, _ in headers.values()})) or None,
         stored_bytes=stored,
-        shift_logits=bool(getattr(config, "shift_logits", False)),
         special_tokens={} if preset is not None else _special_tokens(name_or_path, config),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -12,13 +11,11 @@ from dllm.sampling.network import Network, Pass
 from dllm.sampling.proposals import Proposals
 
 
-@dataclass(frozen=True)
-class _ModelNetwork:
-    model: PreTrainedModel
-    shifted: bool
+def network_of(model: PreTrainedModel) -> Network:
+    """The model as the loop sees it."""
 
-    def __call__(self, work: Pass, readout: Callable[[nn.Module, Tensor], Proposals], /) -> Proposals:
-        output = self.model(
+    def network(work: Pass, readout: Callable[[nn.Module, Tensor], Proposals], /) -> Proposals:
+        output = model(
             input_ids=work.ids_T[None],
             position_ids=work.position_T[None],
             attention_mask=work.plan,
@@ -27,7 +24,4 @@ class _ModelNetwork:
         )
         return output.readout
 
-
-def network_of(model: PreTrainedModel) -> Network:
-    """The model as the loop sees it."""
-    return _ModelNetwork(model, getattr(model.config, "shift_logits", False))
+    return network

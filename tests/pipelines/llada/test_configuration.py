@@ -135,7 +135,6 @@ WRONG: list[tuple[str, Any]] = [
     ("rope", False),
     ("rope_scaling", {"type": "linear", "factor": 2.0}),
     ("scale_logits", True),
-    ("shift_logits", "yes"),
 ]
 
 

@@ -40,7 +40,7 @@ def small(tmp_path: Path) -> Path:
 def test_a_gguf_file_is_the_model_that_was_written(model_type: str, kind: str, tmp_path: Path) -> None:
     theirs = autoregressive.model(model_type, V, tie_word_embeddings=kind != "F32")
     file = autoregressive.write_gguf(tmp_path / "small.gguf", theirs, WORDS, kind)
-    done = llada.adapt(tmp_path, tmp_path / "out", gguf_file=file.name, shift_logits=False)
+    done = llada.adapt(tmp_path, tmp_path / "out", gguf_file=file.name)
     number = gguf.GGMLQuantizationType[kind]
     with torch.no_grad():
         for parameter in theirs.parameters():  # what quantisation leaves of the matrices

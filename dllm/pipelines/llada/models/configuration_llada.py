@@ -26,7 +26,6 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "rope": (True,),
     "rope_scaling": (None,),
     "scale_logits": (False, None),
-    "shift_logits": (False, None, True),
     "sliding_window": (None,),
     "attention_dropout": (0, None),
     "residual_dropout": (0, None),
@@ -92,8 +91,6 @@ class LLaDAConfig(PreTrainedConfig):
     block_type: str = "llama"
     block_group_size: int = 1
     weight_tying: bool = False
-    shift_logits: bool = False
-    """A token is predicted from the state at the position before it, as in the autoregressive model that the weights were."""
     init_fn: str = "mitchell"
     init_std: float = 0.02
     include_qkv_bias: bool = False
@@ -128,13 +125,6 @@ class LLaDAConfig(PreTrainedConfig):
         if cls is LLaDAConfig and is_mixture(config_dict):
             return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
         return super().from_dict(config_dict, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As transformers', but `shift_logits`, which public files do not have, only where it is true."""
-        out = super().to_dict()
-        if not self.shift_logits:
-            out.pop("shift_logits", None)
-        return out
 
     @property
     def head_dim(self) -> int:

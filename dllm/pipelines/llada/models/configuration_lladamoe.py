@@ -24,7 +24,6 @@ IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "router_num_group": (None, 1),
     "router_topk_group": (None, 1),
     "shared_expert_intermediate_size": (None, 0),
-    "shift_logits": (False, None),
     "sliding_window": (None,),
     "use_sliding_window": (False, None),
 }

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from dllm.layers.attention import AttentionPlan, rotary_attention
 from dllm.layers.norm import RMSNorm
-from dllm.layers.trunk import encode, states_before
+from dllm.layers.trunk import encode
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.scoring import LLaDAOutput, Readout, score
 
@@ -182,9 +182,6 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
     ) -> LLaDAOutput:
         """Logits, only where they are asked for, or the loss of those positions without their logits.
 
-        With `shift_logits` a position's come from the state before it (`dllm.layers.trunk.states_before`); whoever asks for
-        them sees no difference.
-
         Args:
             input_ids: int64 [B, L].
             attention_mask: see `LLaDAModel.forward`.
@@ -211,8 +208,6 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             output_hidden_states=output_hidden_states,
         )
         head, hidden = self.get_output_embeddings(), output.last_hidden_state
-        if self.config.shift_logits:
-            hidden = states_before(hidden, attention_mask, position_ids, document_ids)
         scores = score(head, hidden, logits_to_keep, targets, target_weights, readout)
         return LLaDAOutput(**scores, hidden_states=output.hidden_states)
 
