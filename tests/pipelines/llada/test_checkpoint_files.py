@@ -280,5 +280,5 @@ def test_the_main_dtype_is_that_of_most_weights() -> None:
     norms = {f"norm.{i}": ("F32", (8,)) for i in range(5)}
     assert main_dtype(norms | {"matrix": ("BF16", (8, 8))}, "it") == "bfloat16"
     assert main_dtype(norms, "it") == "float32"
-    with pytest.raises(CheckpointError, match="^Most weights of 'it' are F8_E4M3: dllm reads F64, F32, BF16, F16"):
+    with pytest.raises(CheckpointError, match=r"^Most weights of 'it' are F8_E4M3: dllm reads F64, F32, BF16, F16"):
         main_dtype(norms | {"matrix": ("F8_E4M3", (8, 8))}, "it")
