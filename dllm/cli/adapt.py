@@ -24,7 +24,8 @@ def main(argv: Sequence[str]) -> None:
         "--mask_token",
         default="auto",
         metavar="TOKEN",
-        help="auto (a reserved token of the vocabulary, else a new one), reserved, append, or a token of the vocabulary",
+        help="auto (a mask that is declared, else a reserved token of the vocabulary, else a new one), reserved, append (a new "
+        "one), or a token of the vocabulary",
     )
     parser.add_argument(
         "--dtype", default="auto", help="auto (as it is; float32 of a GGUF file), float32, bfloat16 or float16"

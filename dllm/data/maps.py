@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import IntEnum
@@ -20,6 +21,8 @@ BATCH = 1000
 """Rows mapped at a time; pretraining rows are cut within a batch, so it bounds what is left over."""
 TRUNCATIONS = ("right", "left", "filter")
 TURNS = ("drawn", "all")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+"""What stands before the assistant's words in a chat template that says which they are; as transformers looks for it."""
 
 Say = Callable[[str], None]
 
@@ -200,13 +203,18 @@ def _nothing_left(counts: Any, rows: int, fitting: Fitting) -> DataError:
     )
 
 
+def marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer's chat template says which words are the assistant's."""
+    return GENERATION.search(str(tokenizer.chat_template)) is not None
+
+
 def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
     """Whether a tokenizer's chat template marks what is learnt.
 
     Raises:
         CheckpointError: it has none, or one that does not mark what the assistant says.
     """
-    if "{% generation %}" not in str(tokenizer.chat_template):
+    if not marks_answers(tokenizer):
         raise CheckpointError(
             "The tokenizer's chat template is missing or does not mark the assistant's words with {% generation %}: fine-tune "
             "a checkpoint whose tokenizer has LLaDA's chat markers, or write a marked template into its chat_template.jinja."

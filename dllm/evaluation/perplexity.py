@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dllm.diffusion.likelihood import MaskPredictor, Text, likelihood
-from dllm.errors import OptionError
+from dllm.errors import DataError, OptionError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,16 +69,22 @@ def bits_per_character(
     Args:
         model: a LLaDA model; it is put into evaluation mode for the time being.
         tokenizer: its own.
-        texts: of any length, none empty.
+        texts: of at most the model's context in tokens, or of any length with `row_tokens`; none empty.
         samples: sets of masks of each text (of each part of one).
-        row_tokens: a text of more tokens is cut into parts of equal length, which do not see each other; by default none is.
+        row_tokens: a text of more tokens is cut into parts of equal length, which do not see each other; at least 1, and None
+            cuts none.
         rows: how many rows go through the model at a time.
         seed: of the masks.
         on_text: called with the number of texts that were begun.
 
     Raises:
-        OptionError: there is no text, or an empty one.
+        OptionError: there is no text, or an empty one; or a number that is less than 1.
+        DataError: a text without a token, or one that does not fit into the model's context.
     """
+    for name, number in (("samples", samples), ("rows", rows), ("row_tokens", row_tokens)):
+        if number is not None and number < 1:
+            uncut = ", and row_tokens=None cuts no text" if name == "row_tokens" else ""
+            raise OptionError(f"{name}={number} is less than 1: give it 1 or more{uncut}.")
     if not texts or not all(texts):
         raise OptionError("Bits per character need at least one text, and none that is empty.")
     ids: list[Tensor] = []
@@ -85,7 +92,9 @@ def bits_per_character(
     of_text: list[int] = []
     for place, text in enumerate(texts):
         ids.append(torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"]))
-        for part in ids[-1].tensor_split(-(-len(ids[-1]) // row_tokens) if row_tokens else 1):
+        cut = ids[-1].tensor_split(max(1, -(-len(ids[-1]) // row_tokens)) if row_tokens else 1)
+        _check_text(text, place, len(cut[0]), model.config.max_position_embeddings)
+        for part in cut:
             of_text.append(place)
             parts.append(Text(part, number=len(parts)))
     nats = [0.0] * len(texts)
@@ -98,6 +107,18 @@ def bits_per_character(
         if on_text is not None:
             on_text(of_text[here][-1] + 1)
     return summarise(nats, [len(text) for text in texts], sum(map(len, ids)))
+
+
+def _check_text(text: str, place: int, tokens: int, context: int) -> None:
+    """Whether its longest part, of so many tokens, can be measured."""
+    what = f"Text {place} (counted from 0), {reprlib.repr(text)},"
+    if not tokens:
+        raise DataError(f"{what} becomes 0 tokens: leave it out.")
+    if tokens > context:
+        raise DataError(
+            f"{what} would be seen {tokens} tokens at a time, and the model's context is {context}: cut it with "
+            f"row_tokens={context} or fewer, or leave it out."
+        )
 
 
 def text_nats(

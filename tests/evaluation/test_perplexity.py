@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from dllm.diffusion.likelihood import Text
-from dllm.errors import OptionError
+from dllm.errors import DataError, OptionError
 from dllm.evaluation.perplexity import bits_per_character, summarise, text_nats
 from dllm.pipelines import llada
 from dllm.pipelines.llada.tokenizer import bpe_tokenizer, char_tokenizer
@@ -82,6 +83,36 @@ def test_nothing_to_measure(texts: list[str]) -> None:
         OptionError, match=re.escape("Bits per character need at least one text, and none that is empty.")
     ):
         bits_per_character(made(tokenizer), tokenizer, texts)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(samples=0), "samples=0 is less than 1: give it 1 or more."),
+        (dict(rows=0), "rows=0 is less than 1: give it 1 or more."),
+        (dict(row_tokens=0), "row_tokens=0 is less than 1: give it 1 or more, and row_tokens=None cuts no text."),
+        (dict(row_tokens=-5), "row_tokens=-5 is less than 1"),
+    ],
+)
+def test_a_number_that_is_too_small(options: dict[str, int], message: str) -> None:
+    tokenizer = char_tokenizer()
+    with pytest.raises(OptionError, match=re.escape(message)):
+        bits_per_character(made(tokenizer), tokenizer, TEXTS, **options)
+
+
+def test_texts_that_cannot_be_measured_are_named_before_any_is() -> None:
+    tokenizer, seen = char_tokenizer(), []
+    model = made(tokenizer)
+    model.config.max_sequence_length = 20
+    long = re.escape(f"Text 2 (counted from 0), {TEXTS[2][:12]!r}"[:-1])  # its middle is left out
+    with pytest.raises(DataError, match=rf"^{long}.* 36 tokens at a time, .* context is 20: cut it with row_tokens=20"):
+        bits_per_character(model, tokenizer, TEXTS, on_text=seen.append)
+    assert not seen
+    # two parts of 18, though 30 is more than 20
+    assert bits_per_character(model, tokenizer, TEXTS, samples=1, row_tokens=30).tokens == sum(map(len, TEXTS))
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    with pytest.raises(DataError, match=r"^Text 1 \(counted from 0\), '  ', becomes 0 tokens: leave it out"):
+        bits_per_character(model, tokenizer, ["a", "  "], row_tokens=8)
 
 
 def test_progress_counts_texts() -> None:

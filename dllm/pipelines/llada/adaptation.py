@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from dllm.data.maps import marks_answers
 from dllm.errors import CheckpointError
 from dllm.pipelines.llada.adaptable import BIASED
 from dllm.pipelines.llada.adapted_tokenizer import MaskToken, choose_ends, choose_mask
@@ -30,7 +31,7 @@ from dllm.pipelines.llada.checkpoint_files import check_free, check_shard_size, 
 from dllm.pipelines.llada.loading import dtype_named
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModelLM
-from dllm.pipelines.llada.tokenizer import GENERATION, load_tokenizer, prepare_tokenizer
+from dllm.pipelines.llada.tokenizer import CHAT_TEMPLATE, load_tokenizer, prepare_tokenizer
 
 ROWS_MULTIPLE = 64
 """A table that grows, grows to a multiple of it: matrix products are fastest on such sizes."""
@@ -52,8 +53,8 @@ class Adaptation:
     eot: str | None
     """End of turn, where it is another token."""
     chat_template: str
-    """marked: the source's, with what the assistant says marked; source: as it was, without marks; llada: LLaDA's, whose markers
-    are in the vocabulary; none."""
+    """marked: the source's, with what the assistant says marked, there or here; source: as it was, without marks; llada: LLaDA's,
+    whose markers are in the vocabulary; none."""
 
 
 def adapt(
@@ -84,7 +85,7 @@ def adapt(
         gguf_file: which GGUF file of the folder or hub id.
         mask_token: "auto", "reserved", "append" or a token of the vocabulary; see
             `dllm.pipelines.llada.adapted_tokenizer.choose_mask`.
-        dtype: of the written weights; "auto" keeps the stored one, and gives fp32 of a GGUF file.
+        dtype: of the written weights; "auto" keeps the one that most are stored in, and gives fp32 of a GGUF file.
         max_shard_size: such as "5GB"; a model that is larger becomes several files and an index.
         say: is told what the source is, before its weights are read.
 
@@ -103,8 +104,8 @@ def adapt(
     template, known = choose_ends(tokenizer), len(tokenizer)
     mask = choose_mask(tokenizer, mask_token)
     prepare_tokenizer(tokenizer, str(source))
-    if template != "marked" and GENERATION in str(tokenizer.chat_template):
-        template = "llada"
+    if template != "marked" and marks_answers(tokenizer):
+        template = "llada" if tokenizer.chat_template == CHAT_TEMPLATE else "marked"
     config = adapted_config(theirs, tokenizer)
     config.adapted_from = {
         "source": str(source),
@@ -125,7 +126,7 @@ def adapt(
     if template == "source":
         warnings.warn(
             f"The source's chat template could not be marked, and is written as it was: what the assistant says cannot be told "
-            f"from the rest. Before dllm sft, put {GENERATION} and {{% endgeneration %}} around it in "
+            f"from the rest. Before dllm sft, put {{% generation %}} and {{% endgeneration %}} around it in "
             f"{output / 'chat_template.jinja'}.",
             stacklevel=2,
         )

@@ -5,6 +5,7 @@ chat template.
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,13 @@ RESERVED = re.compile(r"[<\[].*(reserved|unused).*[>\]]", re.IGNORECASE)
 """Tokens that stand in a vocabulary for nothing yet, such as <|reserved_special_token_0|> or [unused1]."""
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
 """How the end of a document is spelt where end-of-turn took its place as `eos_token`."""
+MEANINGS = ("bos", "eos", "eot", "pad", "unk")
+"""Named tokens that the mask cannot be: they are in clean text, or stand for what is no text."""
 MASK_CHOICES = ("auto", "reserved", "append")
+
+
+APPENDED = (*MASK_SPELLINGS, "<|dllm_mask|>")
+"""How a new mask is spelt: the first that the vocabulary has not."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +47,32 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") -> Mas
 
     Args:
         tokenizer: a source's.
-        wanted: "reserved" takes the first reserved token; "append" adds one behind the vocabulary; "auto" keeps a mask that is
-            declared, else does the first where it can, else the second; anything else is the text of a token to take.
+        wanted: "reserved" takes the first reserved token that has no other meaning; "append" adds one behind the vocabulary;
+            "auto" keeps a mask that is declared, else does the first where it can, else the second; anything else is the text
+            of a token to take.
 
     Raises:
-        CheckpointError: "reserved", and no token is.
+        CheckpointError: "reserved", and no token is; "auto", and the declared mask has another meaning; "append", and every
+            spelling of a mask is in the vocabulary.
         OptionError: a text that is not one token of the vocabulary, or one that has another meaning.
     """
     vocabulary = tokenizer.get_vocab()
-    reserved = sorted((id_, token) for token, id_ in vocabulary.items() if RESERVED.fullmatch(token))
-    if wanted in ("auto", "append") and tokenizer.mask_token_id is not None:
+    reserved = sorted(
+        (id_, token)
+        for token, id_ in vocabulary.items()
+        if RESERVED.fullmatch(token) and _meaning(tokenizer, token) is None
+    )
+    if wanted == "auto" and tokenizer.mask_token_id is not None:
+        if other := _meaning(tokenizer, tokenizer.mask_token):
+            raise CheckpointError(
+                f"The tokenizer's mask_token {tokenizer.mask_token!r} is its {other}_token too: the mask needs one of its own. "
+                f"Write --mask_token append for a new one, or --mask_token TOKEN for one that the model can do without."
+            )
         return MaskToken(tokenizer.mask_token, tokenizer.mask_token_id, "declared")
     if wanted == "reserved" and not reserved:
         raise CheckpointError(
-            "The tokenizer has no spare id: no token of its vocabulary is reserved or unused by its name. Write --mask_token "
-            "append for a new one, or --mask_token TOKEN for one that the model can do without."
+            "The tokenizer has no spare id: no token of its vocabulary is reserved or unused by its name and free. Write "
+            "--mask_token append for a new one, or --mask_token TOKEN for one that the model can do without."
         )
     if wanted not in MASK_CHOICES:
         _check_named(tokenizer, wanted)
@@ -62,7 +80,7 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") -> Mas
     elif reserved and wanted != "append":
         token, how = reserved[0][1], "reserved"
     else:
-        token, how = next(name for name in (*MASK_SPELLINGS, "<|dllm_mask|>") if name not in vocabulary), "appended"
+        token, how = _new_spelling(vocabulary), "appended"
     tokenizer.add_special_tokens({"mask_token": token})
     return MaskToken(token, int(tokenizer.convert_tokens_to_ids(token)), how)
 
@@ -74,9 +92,23 @@ def _check_named(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
             f"--mask_token {token!r} is no token of the vocabulary: write one that is, or auto, reserved or append."
             f"{close if 'Did you mean' in close else ''}"
         )
-    for name in ("bos", "eos", "eot", "pad"):
-        if token == getattr(tokenizer, f"{name}_token", None):
-            raise OptionError(f"--mask_token {token!r} is the tokenizer's {name}_token: the mask needs one of its own.")
+    if name := _meaning(tokenizer, token):
+        raise OptionError(f"--mask_token {token!r} is the tokenizer's {name}_token: the mask needs one of its own.")
+
+
+def _meaning(tokenizer: PreTrainedTokenizerBase, token: str) -> str | None:
+    """Which named token of a tokenizer it is, but for the mask."""
+    return next((name for name in MEANINGS if token == getattr(tokenizer, f"{name}_token", None)), None)
+
+
+def _new_spelling(vocabulary: Container[str]) -> str:
+    for spelling in APPENDED:
+        if spelling not in vocabulary:
+            return spelling
+    raise CheckpointError(
+        f"There is no name for a new mask token: the vocabulary has {', '.join(APPENDED)} already. Take one of them that the "
+        f"model can do without: --mask_token {APPENDED[0]!r}."
+    )
 
 
 def choose_ends(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from dllm.errors import CheckpointError
 from dllm.pipelines.llada.adaptable import refuse_features
-from dllm.pipelines.llada.checkpoint_files import hub_folder, is_hub_id, tensor_headers
+from dllm.pipelines.llada.checkpoint_files import hub_folder, is_hub_id, main_dtype, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.gguf_files import GGUFHeader, check_gguf, gguf_config
 from dllm.pipelines.llada.loading import first_line, refuse_misfits
@@ -139,18 +139,17 @@ def read_weights(source: Source, config: PreTrainedConfig, dtype: torch.dtype | 
     Args:
         source: of `find_source`.
         config: of `read_config`.
-        dtype: of the tensors; None for the stored one, and for fp32 of a GGUF file.
+        dtype: of the tensors; None for the one that most are stored in, and for fp32 of a GGUF file.
 
     Raises:
         CheckpointError: files are missing or damaged, or tensors do not fit the configuration.
     """
-    asked: torch.dtype | str = dtype or "auto"
+    asked: torch.dtype | str = dtype or "float32"
     reading = source.reading
-    if source.gguf_file is not None:
-        asked = dtype or torch.float32
-    else:
+    if source.gguf_file is None:
         folder = Path(source.where) if Path(source.where).is_dir() else hub_folder(source.where)
-        tensor_headers(folder)
+        headers = tensor_headers(folder)
+        asked = dtype or main_dtype(headers, source.name)
         reading = {"pretrained_model_name_or_path": str(folder), "use_safetensors": True}
     try:
         model, report = AutoModelForCausalLM.from_pretrained(

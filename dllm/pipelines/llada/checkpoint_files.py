@@ -8,9 +8,11 @@ and place; so names, shapes and the size that the file must have are known witho
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ HUB_OPTIONS = ("revision", "token", "cache_dir")
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 """What is downloaded: no pickle, no code."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Safetensors' spelling -> torch's, of dtypes that weights are not packed in."""
 
 
 def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -53,6 +57,27 @@ def tensor_headers(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise CheckpointError(f"{index} says that {name} holds {absent[0]}, and it does not: copy both again.")
         found |= header
     return found
+
+
+def main_dtype(headers: Mapping[str, tuple[str, tuple[int, ...]]], name: str) -> str:
+    """The dtype, in torch's spelling, that most weights are stored in; config.json can say another one.
+
+    Args:
+        headers: of `tensor_headers`.
+        name: of the checkpoint, for errors.
+
+    Raises:
+        CheckpointError: most weights are packed, or there are none.
+    """
+    weights: Counter[str] = Counter()
+    for dtype, shape in headers.values():
+        weights[dtype] += math.prod(shape)
+    most = max(weights, key=lambda dtype: weights[dtype], default="of no dtype")
+    if most not in DTYPE_NAMES:
+        raise CheckpointError(
+            f"Most weights of {name!r} are {most}: dllm reads {', '.join(DTYPE_NAMES)}. Take the checkpoint that was packed."
+        )
+    return DTYPE_NAMES[most]
 
 
 def is_hub_id(name: str) -> bool:

@@ -7,6 +7,7 @@ shape, type and place of each tensor. The package `gguf` reads the same, and tak
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import struct
 from dataclasses import dataclass
@@ -50,15 +51,17 @@ CONFIG_KEYS = {
 """Key of the architecture -> transformers' key."""
 OPTIONAL_KEYS = {
     "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "rope.dimension_count": "head_dim",
     "rope.freq_base": "rope_theta",
 }
+WIDTH_KEYS = ("attention.key_length", "rope.dimension_count")
+"""A head's width, and how much of it turns with the position: all."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST = 1 << 24
 """Bytes of a string, beyond which a file is taken to be damaged: templates have thousands."""
+_MOST_AXES = 4
+"""Of a tensor, as ggml has it."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +106,13 @@ def read_gguf_header(path: Path) -> GGUFHeader:
                 raise CheckpointError(f"{path} is of version {version} of GGUF; versions 2 and 3 can be read.")
             metadata = dict(_entry(file) for _ in range(keys))
             table = dict(_tensor(file) for _ in range(tensors))
-        except (struct.error, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
+            alignment = metadata.get("general.alignment", 32)
+            if not isinstance(alignment, int) or alignment < 1:
+                raise ValueError
+        except (struct.error, ValueError, KeyError, OverflowError, MemoryError) as error:
             raise CheckpointError(
                 f"{path} is cut short or damaged: its header cannot be read. Copy it again."
             ) from error
-        alignment = int(metadata.get("general.alignment", 32))
         return GGUFHeader(
             str(metadata.get("general.architecture", "")), metadata, table, -(-file.tell() // alignment) * alignment
         )
@@ -126,7 +131,7 @@ def check_gguf(path: Path) -> GGUFHeader:
             f"{path} holds a model of the architecture {header.architecture!r}: of GGUF files, dllm adapts "
             f"{' and '.join(ARCHITECTURES)} (Llama, Mistral, SmolLM; Qwen2, Qwen2.5)."
         )
-    if header.metadata.get("split.count", 1) > 1:
+    if header.metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
             f"{path} is one part of several: put them together with  llama-gguf-split --merge  first."
         )
@@ -152,7 +157,7 @@ def gguf_config(header: GGUFHeader, name: str) -> PreTrainedConfig:
         name: of the file, for errors.
 
     Raises:
-        CheckpointError: a size is missing.
+        CheckpointError: a size is missing or is none, or positions turn a part of each head.
     """
     values = {ours: header.of_model(key) for key, ours in CONFIG_KEYS.items()}
     for key, ours in CONFIG_KEYS.items():
@@ -160,9 +165,14 @@ def gguf_config(header: GGUFHeader, name: str) -> PreTrainedConfig:
             raise CheckpointError(
                 f"{name} does not say its {key}, or one for each layer: dllm reads files with one for all."
             )
+        if not values[ours] > 0:
+            raise CheckpointError(f"{name} is cut short or damaged: its {key} is {values[ours]}. Copy it again.")
     found = {ours: header.of_model(key) for key, ours in OPTIONAL_KEYS.items()}
-    if header.architecture != "llama":  # elsewhere transformers' model takes no width of heads
-        del found["head_dim"]
+    width, turning = (header.of_model(key) for key in WIDTH_KEYS)
+    if None not in (width, turning) and width != turning:
+        raise refusal(name, f"rotary positions on a part of each head, of width {width}", WIDTH_KEYS[1], turning)
+    if header.architecture == "llama":  # elsewhere transformers' model takes no width of heads
+        found["head_dim"] = turning if width is None else width
     _, weights, _ = header.tensors.get("token_embd.weight", (0, 0, 0))
     return AutoConfig.for_model(
         header.architecture,
@@ -211,18 +221,26 @@ def _value(file: BinaryIO, kind: int) -> Any:
     inner, count = _number(file, "I"), _number(file, "Q")
     if inner == _STRING:
         for _ in range(count):
-            file.seek(_number(file, "Q"), 1)
+            _skip(file, _number(file, "Q"))
     else:
-        file.seek(count * struct.calcsize(f"<{_SCALARS[inner]}"), 1)
+        _skip(file, count * struct.calcsize(f"<{_SCALARS[inner]}"))
     return Entries(count)
 
 
 def _tensor(file: BinaryIO) -> tuple[str, tuple[int, int, int]]:
-    name, weights = _string(file), 1
-    for _ in range(_number(file, "I")):
+    name, weights, axes = _string(file), 1, _number(file, "I")
+    if axes > _MOST_AXES:
+        raise OverflowError
+    for _ in range(axes):
         weights *= _number(file, "Q")
     kind, place = _number(file, "I"), _number(file, "Q")
     return name, (kind, weights, place)
+
+
+def _skip(file: BinaryIO, length: int) -> None:
+    if length > os.fstat(file.fileno()).st_size - file.tell():
+        raise OverflowError  # seek itself goes beyond the end, or fails, as the number may be
+    file.seek(length, 1)
 
 
 def _number(file: BinaryIO, kind: str) -> Any:

@@ -11,7 +11,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from dllm.errors import CheckpointError
 from dllm.layers.adapters import base_of
-from dllm.pipelines.llada.checkpoint_files import tensor_headers
+from dllm.pipelines.llada.checkpoint_files import DTYPE_NAMES, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.loading import adapter_folder, load_config
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig, is_mixture
@@ -102,13 +102,10 @@ def inspect(name_or_path: str) -> CheckpointInfo:
             for module in model.modules()
             if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
         ),
-        dtype=", ".join(sorted({_SPELT.get(dtype, dtype) for dtype, _ in headers.values()})) or None,
+        dtype=", ".join(sorted({DTYPE_NAMES.get(dtype, dtype) for dtype, _ in headers.values()})) or None,
         stored_bytes=stored,
         special_tokens={} if preset is not None else _special_tokens(name_or_path, config),
     )
-
-
-_SPELT = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 def _sizes(config: LLaDAConfig | LLaDAMoEConfig) -> dict[str, int]:

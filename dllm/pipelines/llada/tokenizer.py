@@ -15,6 +15,7 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from dllm.data.maps import marks_answers
 from dllm.errors import CheckpointError
 from dllm.pipelines.llada.embedded import resolve
 
@@ -26,8 +27,6 @@ SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, EOT)
 MASK_SPELLINGS = (MASK, "<|mask|>", "[MASK]")
 """How mask tokens are spelt where a tokenizer does not declare one."""
 
-GENERATION = "{% generation %}"
-"""What stands before the assistant's words in a chat template that says which they are."""
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -96,7 +95,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrain
     markers = next((family for family in (dense, mixture) if vocabulary.keys() >= set(family)), ())
     if any(len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1 for marker in markers):
         tokenizer.add_special_tokens({"extra_special_tokens": list(markers)}, replace_extra_special_tokens=False)
-    if markers == dense and GENERATION not in str(tokenizer.chat_template):
+    if markers == dense and not marks_answers(tokenizer):
         tokenizer.chat_template = CHAT_TEMPLATE
     if markers and getattr(tokenizer, "eot_token_id", None) is None:
         tokenizer.eot_token, tokenizer.eot_token_id = markers[-1], vocabulary[markers[-1]]

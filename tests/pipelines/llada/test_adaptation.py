@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dllm.data.maps import check_chat_template
 from dllm.errors import CheckpointError, OptionError
 from dllm.layers.attention import RaggedRows
 from dllm.pipelines import llada
@@ -78,6 +79,18 @@ def test_tensors_are_written_as_they_are_stored(dtype: str, tmp_path: Path) -> N
         assert found.dtype == kept
         rows = torch.arange(len(found)) != mask if "embed" in name or "lm_head" in name else slice(None)
         assert torch.equal(found[rows], tensor.to(kept)[rows]), name
+
+
+def test_the_dtype_is_that_of_the_tensors_whatever_the_configuration_says(tmp_path: Path) -> None:
+    theirs = autoregressive.model("llama", V)
+    source = autoregressive.save(tmp_path / "source", theirs, WORDS)
+    said = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps({**said, "dtype": "bfloat16"}), encoding="utf-8")
+    llada.adapt(source, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(written[public_name(name)][:V], tensor), name
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["dtype"] == "float32"
 
 
 def test_the_source_is_not_held_twice() -> None:
@@ -162,6 +175,23 @@ def test_a_template_that_cannot_be_marked_is_kept_with_a_warning(tmp_path: Path)
     talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
     again = llada.load_tokenizer(done.folder)  # whose eos_token is another one than the template was written for
     assert again.apply_chat_template(talk, tokenize=False) == words.apply_chat_template(talk, tokenize=False)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"), [("{% generation %}", "{% endgeneration %}"), ("{%- generation -%}", "{%- endgeneration -%}")]
+)
+def test_a_template_with_marks_of_its_own_is_not_called_lladas(begin: str, end: str, tmp_path: Path) -> None:
+    words = autoregressive.chatml_tokenizer("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    words.chat_template = (  # its blanks are cut on one side alone: no template is written from it
+        "{% for m in messages %}{{ m['role'] + ': ' }}"
+        f"{begin}{{{{ m['content'].lstrip() + '<|im_end|>' }}}}{end}{{% endfor %}}"
+    )
+    source = autoregressive.save(tmp_path / "source", autoregressive.model("llama", len(words)), words)
+    done = llada.adapt(source, tmp_path / "out")
+    again = llada.load_tokenizer(done.folder)
+    assert done.chat_template == "marked"
+    assert words.chat_template in again.chat_template
+    check_chat_template(again)
 
 
 @pytest.mark.parametrize(

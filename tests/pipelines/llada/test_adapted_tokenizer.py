@@ -10,10 +10,10 @@ from pipelines.llada.test_marked_template import LLAMA_3, MISTRAL, QWEN_2
 from reference import autoregressive
 from transformers import PreTrainedTokenizerBase
 
-from dllm.errors import CheckpointError
+from dllm.errors import CheckpointError, OptionError
 from dllm.pipelines import llada
-from dllm.pipelines.llada.adapted_tokenizer import choose_ends, choose_mask
-from dllm.pipelines.llada.tokenizer import CHAT_TEMPLATE, MASK, prepare_tokenizer
+from dllm.pipelines.llada.adapted_tokenizer import APPENDED, choose_ends, choose_mask
+from dllm.pipelines.llada.tokenizer import CHAT_TEMPLATE, MASK, name_end_of_turn, prepare_tokenizer
 
 LLAMA_3_TOKENS = (
     "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
@@ -87,7 +87,7 @@ def test_ends_and_mask_come_back_with_the_tokenizer(name: str, tmp_path: Path) -
 
 
 def words_with(*tokens: str, **named: str) -> PreTrainedTokenizerBase:
-    return autoregressive.tokenizer("</s>", *tokens, eos_token="</s>", **named)
+    return autoregressive.tokenizer("</s>", *tokens, **{"eos_token": "</s>", **named})
 
 
 MASKS: list[tuple[tuple[str, ...], dict[str, Any], str, tuple[str, str]]] = [
@@ -99,6 +99,14 @@ MASKS: list[tuple[tuple[str, ...], dict[str, Any], str, tuple[str, str]]] = [
     (("<|mine|>", "<unused0>"), dict(mask_token="<|mine|>"), "reserved", ("<unused0>", "reserved")),
     (("<|fim|>",), {}, "<|fim|>", ("<|fim|>", "named")),
     ((MASK,), {}, "append", ("<|mask|>", "appended")),
+    (("<|mine|>",), dict(mask_token="<|mine|>"), "append", (MASK, "appended")),
+    ((MASK,), dict(mask_token=MASK), "append", ("<|mask|>", "appended")),
+    *(
+        (("<unused0>", "<unused1>"), {f"{name}_token": "<unused0>"}, "auto", ("<unused1>", "reserved"))
+        for name in ("bos", "eos", "pad", "unk")
+    ),
+    (("<unused0>",), dict(pad_token="<unused0>"), "auto", (MASK, "appended")),
+    (("<pad>",), dict(pad_token="<pad>", mask_token="<pad>"), "append", (MASK, "appended")),
 ]
 
 
@@ -113,6 +121,37 @@ def test_which_token_becomes_the_mask(
     assert mask.id == words.mask_token_id
     assert (mask.id == known) is (mask.how == "appended")
     assert mask.untrained is (mask.how in ("reserved", "appended"))
+
+
+def test_what_ends_a_turn_is_no_mask() -> None:
+    words = words_with("<unused0>", "<unused1>")
+    name_end_of_turn(words, "<unused0>")
+    assert choose_mask(words).token == "<unused1>"
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "pad", "unk"])
+def test_a_declared_mask_with_another_meaning_is_refused(name: str) -> None:
+    words = words_with("<|two|>", **{f"{name}_token": "<|two|>", "mask_token": "<|two|>"})
+    message = (
+        rf"mask_token '<\|two\|>' is its {name}_token too: the mask needs one of its own\. Write --mask_token append"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        choose_mask(words)
+
+
+def test_a_reserved_token_that_has_a_meaning_is_not_spare() -> None:
+    words = words_with("<unused0>", pad_token="<unused0>")
+    with pytest.raises(CheckpointError, match="no token of its vocabulary is reserved or unused by its name and free"):
+        choose_mask(words, "reserved")
+    with pytest.raises(OptionError, match="'<unused0>' is the tokenizer's pad_token"):
+        choose_mask(words, "<unused0>")
+
+
+def test_no_name_is_left_for_a_new_mask() -> None:
+    words = words_with(*APPENDED)
+    message = r"no name for a new mask token: the vocabulary has <\|mdm_mask\|>, .* --mask_token '<\|mdm_mask\|>'"
+    with pytest.raises(CheckpointError, match=message):
+        choose_mask(words, "append")
 
 
 def test_no_end_at_all() -> None:

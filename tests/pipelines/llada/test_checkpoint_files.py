@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm.errors import CheckpointError, OptionError
 from dllm.pipelines import llada
-from dllm.pipelines.llada.checkpoint_files import INDEX, SINGLE, read_header, tensor_headers
+from dllm.pipelines.llada.checkpoint_files import INDEX, SINGLE, main_dtype, read_header, tensor_headers
 
 NAMES = ("llada_dense", "llada_moe")
 HEAD = {"llada_dense": "model.transformer.ff_out.weight", "llada_moe": "lm_head.weight"}
@@ -274,3 +274,11 @@ def test_other_tensors_in_the_files_do_no_harm(name: str, tmp_path: Path) -> Non
     with torch.no_grad():
         logits = llada.load_model(folder)(case["input_ids"]).logits
     torch.testing.assert_close(logits, case["logits"], rtol=0, atol=cases.TOLERANCE)
+
+
+def test_the_main_dtype_is_that_of_most_weights() -> None:
+    norms = {f"norm.{i}": ("F32", (8,)) for i in range(5)}
+    assert main_dtype(norms | {"matrix": ("BF16", (8, 8))}, "it") == "bfloat16"
+    assert main_dtype(norms, "it") == "float32"
+    with pytest.raises(CheckpointError, match=r"^Most weights of 'it' are F8_E4M3: dllm reads F64, F32, BF16, F16"):
+        main_dtype(norms | {"matrix": ("F8_E4M3", (8, 8))}, "it")

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from dllm.errors import CheckpointError, MissingExtraError
 from dllm.pipelines import llada
-from dllm.pipelines.llada.gguf_files import check_gguf, gguf_config, read_gguf_header
+from dllm.pipelines.llada.gguf_files import WIDTH_KEYS, check_gguf, gguf_config, read_gguf_header
 
 gguf = pytest.importorskip("gguf")
 
@@ -95,6 +95,58 @@ def test_a_size_that_the_header_does_not_say_is_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(CheckpointError, match=r"a\.gguf does not say its embedding_length"):
         llada.adapt(tmp_path / "a.gguf", tmp_path / "out")
+
+
+@pytest.mark.parametrize("given", [("attention.key_length",), ("rope.dimension_count",), WIDTH_KEYS, ()])
+def test_the_width_of_heads_is_what_one_of_two_keys_says(given: tuple[str, ...], tmp_path: Path) -> None:
+    extra = {f"llama.{key}": 8 for key in given}
+    file = autoregressive.write_gguf(tmp_path / "a.gguf", autoregressive.model("llama", V), WORDS, extra=extra)
+    assert gguf_config(check_gguf(file), "a.gguf").head_dim == 8
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_positions_that_turn_a_part_of_each_head_are_refused(model_type: str, tmp_path: Path) -> None:
+    extra = {f"{model_type}.{key}": width for key, width in zip(WIDTH_KEYS, (8, 4), strict=True)}
+    file = autoregressive.write_gguf(tmp_path / "a.gguf", autoregressive.model(model_type, V), WORDS, extra=extra)
+    with pytest.raises(
+        CheckpointError, match=r"a part of each head, of width 8 \(rope\.dimension_count=4\), which LLaDA's"
+    ):
+        llada.adapt(file, tmp_path / "out")
+
+
+def _entry(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+DAMAGED = {
+    "a string in an array, of 2**63 - 1 bytes": (1, 0, _entry("a", 9, struct.pack("<IQQ", 8, 1, 2**63 - 1))),
+    "an array of 2**62 numbers": (1, 0, _entry("a", 9, struct.pack("<IQ", 0, 2**62))),
+    "an array of 2**62 wide numbers": (1, 0, _entry("a", 9, struct.pack("<IQ", 12, 2**62))),
+    "an array of 2**62 strings": (1, 0, _entry("a", 9, struct.pack("<IQ", 8, 2**62))),
+    "2**62 keys": (2**62, 0, _entry("a", 4, struct.pack("<I", 1))),
+    "2**62 tensors": (0, 2**62, b""),
+    "no alignment": (1, 0, _entry("general.alignment", 4, struct.pack("<I", 0))),
+    "an alignment that is text": (1, 0, _entry("general.alignment", 8, struct.pack("<Q", 2) + b"32")),
+    "a tensor of 2**31 axes": (0, 1, struct.pack("<Q", 1) + b"a" + struct.pack("<I", 2**31) + bytes(64)),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_header_is_one_error(what: str, tmp_path: Path) -> None:
+    keys, tensors, content = DAMAGED[what]
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, keys) + content)
+    with pytest.raises(
+        CheckpointError, match=r"a\.gguf is cut short or damaged: its header cannot be read\. Copy it again\."
+    ):
+        read_gguf_header(tmp_path / "a.gguf")
+
+
+def test_a_size_of_none_is_named(small: Path) -> None:
+    content, key = bytearray(small.read_bytes()), b"llama.embedding_length"
+    struct.pack_into("<I", content, content.index(key) + len(key) + 4, 0)
+    small.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is cut short or damaged: its embedding_length is 0"):
+        llada.adapt(small, small.parent / "out")
 
 
 MORE: list[tuple[str, dict[str, Any], str]] = [
