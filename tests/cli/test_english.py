@@ -43,6 +43,7 @@ def test_chat_is_made_of_options() -> None:
         ("--minutes 0 4", "--minutes 0.0 4.0: both are above 0."),
         ("--steps 10 -1", "--steps 10 -1: both are above 0."),
         ("--steps 10", "expected 2 arguments"),
+        ("--steps 10 10 --minutes 1 1", "argument --minutes: not allowed with argument --steps."),
         ("--output_dir file/x", "--output_dir file/x cannot be made: Not a directory. Name another folder."),
         ("--sourse x", "There is no option '--sourse'. Did you mean '--source'?"),
     ],
@@ -75,15 +76,80 @@ def test_a_package_without_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert english.packaged() == weights
 
 
-def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def full_disk(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     class Usage(NamedTuple):
         free: int
 
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free))
+
+
+def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainings = [tmp_path / "pretrained", tmp_path / "tuned"]
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
-    english.check_room(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free=1000 * english.ROOM - 1))
+    english.check_room(tmp_path, trainings)
+    full_disk(monkeypatch, 2999)
     with pytest.raises(OptionError, match=r"has 0.0 GB free, and training needs 0.0 GB: free some space"):
-        english.check_room(tmp_path)
+        english.check_room(tmp_path, trainings)
+    english.check_room(tmp_path, trainings[1:])
+    trainings[0].mkdir()
+    (trainings[0] / "adapter.safetensors").write_bytes(bytes(1))
+    english.check_room(tmp_path, trainings)  # a training that was stopped goes on where it was begun
+
+
+def begun(folder: Path, *, finished: bool) -> Path:
+    """A folder with an adapted model and a pretraining, as a first run leaves them."""
+    (folder / "adapted").mkdir()
+    (folder / "adapted/config.json").write_text('{"adapted_from": {"source": "someone/small"}}')
+    (folder / "adapted/model.safetensors").write_bytes(bytes(1000))
+    (folder / "pretrained.json").write_text('{"max_steps": 7}')
+    if finished:
+        (folder / "pretrained/checkpoint-final").mkdir(parents=True)
+    return folder
+
+
+@pytest.mark.parametrize(("finished", "free", "stage"), [(False, 2999, "2/4 pretrain"), (True, 1499, "3/4 sft")])
+def test_each_training_asks_for_room(
+    finished: bool,
+    free: int,
+    stage: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full_disk(monkeypatch, free)
+    folder = begun(tmp_path, finished=finished)
+    assert main(["english", "--output_dir", str(folder), "--minutes", "1", "1"]) == 2
+    shown = capsys.readouterr()
+    assert f"The disk of {folder} has 0.0 GB free" in shown.err
+    lines = shown.out.splitlines()
+    assert stage in lines[-2:]
+    assert f"  {folder}/pretrained keeps the 7 steps that it was begun with, whatever --minutes says" in lines
+
+
+def test_minutes_that_are_not_given_are_not_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full_disk(monkeypatch, 0)
+    assert main(["english", "--output_dir", str(begun(tmp_path, finished=False))]) == 2
+    assert "--minutes" not in capsys.readouterr().out
+
+
+def test_another_source_than_the_first_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = begun(tmp_path, finished=True)
+    assert main(["english", "--output_dir", str(folder), "--source", "someone/large"]) == 2
+    message = f"--source someone/large: {folder}/adapted was made of someone/small. Leave --source out to go on with it"
+    assert message in capsys.readouterr().err
+    (folder / "adapted/config.json").write_text("{}")
+    with pytest.raises(OptionError, match="was made of a model that it does not name"):
+        english.check_source(folder / "adapted", "someone/small")
+
+
+def test_the_same_source_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    adapted = begun(tmp_path, finished=True) / "adapted"
+    for source in (None, "someone/small", str(tmp_path / "someone/small")):
+        english.check_source(adapted, source)
+    english.check_source(tmp_path / "not_yet", "someone/large")
 
 
 def test_a_damaged_plan_is_no_plan(tmp_path: Path) -> None:
