@@ -108,9 +108,9 @@ def test_an_answer_takes_shape_in_a_chat_and_ctrl_c_stops_the_next(tmp_path: Pat
     save_tiny_model(tmp_path / "tiny", texts=TEXTS)
     shown = typed(
         ("> ", "why?\n"),
-        ("step 12 of 12[^>]*> ", "/set gen_length 1500\n"),
-        ("gen_length is 1500[^>]*> ", "and then?\n"),
-        ("step 5 of 1500", "\x03"),
+        ("step 12 of 12[^>]*> ", "/set gen_length 400\n"),
+        ("gen_length is 400[^>]*> ", "and then?\n"),
+        ("step 5 of 400", "\x03"),
         ("Stopped: [^>]*> ", "\x03"),
         ("Ctrl-D or /exit ends[^>]*> ", "/set gen_length 7\n"),
         ("gen_length is 7[^>]*> ", "why not?\n"),
