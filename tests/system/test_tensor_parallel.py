@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from golden import cases
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from system.workshop import run
 
 from dllm.pipelines import llada
@@ -45,27 +46,55 @@ for checkpoint in sys.argv[1:]:
     save_file({**found, "held": torch.tensor(held)}, f"{os.path.basename(checkpoint)}-{dist.get_rank()}.safetensors")
 dist.destroy_process_group()
 """
-NAMES = (*cases.DENSE, "llada_moe")
+BIASED = "llada_dense_biased"
+NAMES = (*cases.DENSE, "llada_moe", BIASED)
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The stored models, and one of them with the biases on q, k and v that an adapted Qwen2 has."""
+    source, folder = cases.folder("llada_dense_gqa_tied"), tmp_path_factory.mktemp("checkpoints") / BIASED
+    settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    model = llada.LLaDAModelLM(llada.LLaDAConfig(**settings | {"include_qkv_bias": True})).eval()
+    loaded = model.load_state_dict(load_file(source / "model.safetensors"), strict=False)
+    assert not loaded.unexpected_keys
+    torch.manual_seed(0)
+    with torch.no_grad():
+        biases = [x for name, x in model.named_parameters() if name.endswith("_proj.bias")]
+        for bias in biases:
+            bias.normal_()
+        given = cases.forward_case(source.name)
+        plain = given["logits"]
+        given["logits"] = model(given["input_ids"]).logits
+        padded = model(given["padded_input_ids"], attention_mask=given["attention_mask"])
+        given["padded_logits"] = padded.logits
+    assert len(biases) == 3 * model.config.n_layers
+    assert (given["logits"] - plain).abs().max() > 1
+    model.save_pretrained(folder)
+    save_file({key: x.contiguous() for key, x in given.items()}, folder / "forward.safetensors")
+    return {name: folder if name == BIASED else cases.folder(name) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def ranks(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where two processes left what they found for each model."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "rank.py").write_text(SCRIPT, encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    shown = run([*launcher, "rank.py", *(str(cases.folder(name)) for name in NAMES)], folder)
+    shown = run([*launcher, "rank.py", *map(str, checkpoints.values())], folder)
     assert "Warning" not in shown, shown
     return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_give_the_logits_and_the_tokens_of_one(name: str, ranks: Path) -> None:
-    golden = cases.forward_case(name)
+def test_two_processes_give_the_logits_and_the_tokens_of_one(
+    name: str, checkpoints: dict[str, Path], ranks: Path
+) -> None:
+    golden = load_file(checkpoints[name] / "forward.safetensors")
     real = golden["attention_mask"].bool()
-    stored = load_file(cases.folder(name) / "model.safetensors")
+    stored = load_file(checkpoints[name] / "model.safetensors")
     whole = sum(tensor.numel() for tensor in stored.values())
-    alone = llada.load_model(str(cases.folder(name)))
+    alone = llada.load_model(str(checkpoints[name]))
     alone.config.mask_token_id = (
         alone.config.mask_token_id or alone.config.vocab_size - 1
     )  # the mixture's tokenizer has it
