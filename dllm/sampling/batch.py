@@ -303,12 +303,7 @@ class Batch:
         ):  # rows that are done stay for some steps: a pass of no token is none
             compute_RL = compute_RL.clone()
             compute_RL[0, 0] |= ~compute_RL.any()
-        options: dict[str, Any] = {
-            "branches": self.branches,
-            "mask": self.tokens.mask,
-            "reuse": self.reuse,
-            "waits": self.waits,
-        }
+        options: Any = dict(branches=self.branches, mask=self.tokens.mask, reuse=self.reuse, waits=self.waits)
         if shadowed:
             width = int((rows.end_R - rows.start_R).max()) if self.rules.wide else reach
             block = look(rows, width)
