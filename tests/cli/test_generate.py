@@ -224,7 +224,8 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
 def test_what_a_model_cannot_do_is_said(
     arguments: list[str], message: str, model: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["generate", "--raw", "--model_name_or_path", model, "word", *arguments]) == 2
+    named = [] if "--model_name_or_path" in arguments else ["--model_name_or_path", model]
+    assert main(["generate", "--raw", "word", *named, *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert re.search(message, shown.err), shown.err
