@@ -79,6 +79,7 @@ def main() -> None:
         measure_fluency(arguments, store, judge)
     if "trade" in arguments.parts:
         measure_trade(arguments, store)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(report(store), encoding="utf-8")
     if arguments.figure:
         draw_trade(store, arguments.figure)

@@ -112,6 +112,7 @@ def addition_model(folder: Path, steps: int) -> Path:
 
 
 def measure_trade(arguments: argparse.Namespace, store: Store) -> None:
+    folder = str(addition_model(arguments.addition, arguments.addition_steps))  # not in the part's time
     part = Part(
         store,
         "trade",
@@ -123,7 +124,6 @@ def measure_trade(arguments: argparse.Namespace, store: Store) -> None:
     unseen = [puzzle for puzzle, _ in puzzles(9, "test", arguments.puzzles, clues=CLUES)]
     for name, (a_forward, options) in settings_of("sudoku").items():
         items[f"sudoku | {name}"] = partial(sudoku_row, model, tokenizer, unseen, a_forward, options)
-    folder = str(addition_model(arguments.addition, arguments.addition_steps))
     adder, characters = load_model(folder), load_tokenizer(folder)
     sums = problems("test", arguments.sums)
     for name, (a_forward, options) in settings_of("addition").items():
