@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from system.cluster import Cluster, slurm, wait_until
@@ -17,7 +18,7 @@ from dllm.training.checkpoints import fault
 
 pytestmark = pytest.mark.system
 
-STEPS = 100_000  # more than are made before the job is cancelled
+STEPS = 400
 PRETRAIN = (
     "sbatch --nodes=2 --gres=gpu:8 scripts/train.slurm.sh --accelerate_config cpu --num_processes_per_node 1 "
     "--script_path examples/llada/pt.py --model_name_or_path tiny --config_overrides n_layers=1,d_model=32,mlp_hidden_size=64 "
@@ -53,11 +54,10 @@ def start_soon(cluster: Cluster, job: str) -> None:
     cluster.run("scontrol", "update", f"jobid={job}", "StartTime=now+2seconds")
 
 
-def last_step(cluster: Cluster, out: str) -> int:
-    """Of the checkpoints of a run, all of which are whole."""
-    folders = list((cluster.folder / out).glob("checkpoint-*"))
-    assert [fault(folder) for folder in folders] == [None] * len(folders)
-    return max(int(folder.name.split("-")[1]) for folder in folders)
+def the_checkpoint(cluster: Cluster, out: str) -> Path:
+    (folder,) = (cluster.folder / out).glob("checkpoint-*")
+    assert fault(folder) is None
+    return folder
 
 
 def test_sixteen_ranks_on_two_nodes(cluster: Cluster) -> None:
@@ -108,14 +108,13 @@ sbatch --nodes=2 --gres=gpu:8 scripts/train.slurm.sh \\
     assert load_model(final).config.mask_token_id == load_tokenizer(final).mask_token_id
 
 
-def test_a_warned_job_and_a_preempted_one_go_on_by_themselves_and_a_cancelled_one_does_not(cluster: Cluster) -> None:
-    """All of them are one job: the command of README.md's, above, has gone to its end."""
+def test_a_warned_job_and_a_preempted_one_go_on_by_themselves(cluster: Cluster) -> None:
     job = cluster.submit(PRETRAIN + "again")
     wait_for_step(cluster, job, "again", 3)
     cluster.run("scancel", "--signal=USR1", "--batch", job)  # as Slurm does before the time limit
     cluster.wait(job, "PENDING")
-    first = last_step(cluster, "again")
-    assert first >= 3
+    first = int(the_checkpoint(cluster, "again").name.split("-")[1])
+    assert 3 <= first < STEPS
 
     start_soon(cluster, job)
     wait_for_step(cluster, job, "again", first + 3)
@@ -123,23 +122,29 @@ def test_a_warned_job_and_a_preempted_one_go_on_by_themselves_and_a_cancelled_on
     cluster.wait(other, "COMPLETED")
     cluster.wait(job, "PENDING")
     assert cluster.job(job)["Restarts"] == "2"
-    second = last_step(cluster, "again")
-    assert second >= first + 3
 
     start_soon(cluster, job)
-    wait_for_step(cluster, job, "again", second + 3)
+    cluster.wait(job, "COMPLETED")
+    shown = cluster.log(job)
+    assert shown.count("Stopped at step") == 2
+    assert shown.count(f"Job {job} is queued again; it goes on with --resume_from_checkpoint auto.") == 2
+    assert [row["step"] for row in read_log(cluster.folder / "again/log.jsonl") if "loss" in row] == list(
+        range(1, STEPS + 1)
+    )
+    assert (cluster.folder / "again/checkpoint-final").exists()
+    assert "Traceback" not in shown
+
+
+def test_a_cancelled_job_saves_and_is_not_queued_again(cluster: Cluster) -> None:
+    job = cluster.submit(PRETRAIN.replace(f"--max_steps {STEPS}", "--max_steps 100000") + "cancelled")
+    wait_for_step(cluster, job, "cancelled", 3)
     cluster.run("scancel", job)
     cluster.wait(job, "CANCELLED")
-    wait_until(lambda: cluster.log(job).count("Stopped at step") == 3, 30, "the checkpoint")
-    third = last_step(cluster, "again")
-    shown = cluster.log(job)
-    assert [f"Stopped at step {step}." in shown for step in (first, second, third)] == [True] * 3
-    assert shown.count(f"Job {job} is queued again; it goes on with --resume_from_checkpoint auto.") == 2
-    assert cluster.job(job)["Restarts"] == "2"
-    steps = [row["step"] for row in read_log(cluster.folder / "again/log.jsonl") if "loss" in row]
-    assert steps == list(range(1, third + 1))
-    assert not (cluster.folder / "again/checkpoint-final").exists()
-    assert "Traceback" not in shown
+    wait_until(lambda: "Stopped at step" in cluster.log(job), 30, "the checkpoint")
+    step = int(the_checkpoint(cluster, "cancelled").name.split("-")[1])
+    assert f"Stopped at step {step}." in cluster.log(job)
+    assert cluster.job(job)["Restarts"] == "0"
+    assert "queued again" not in cluster.log(job)
 
 
 def test_a_job_that_fails_is_not_queued_again_and_says_why_once(cluster: Cluster) -> None:
