@@ -298,10 +298,8 @@ class Batch:
             rows.ids_RL[row_N, position_N] if shadowed else None,
             self.rules.watched,
         )
-        if (
-            compute_RL is not None and not self.waits
-        ):  # rows that are done stay for some steps: a pass of no token is none
-            compute_RL = compute_RL.clone()
+        if compute_RL is not None and not self.waits:
+            compute_RL = compute_RL.clone()  # rows that are done stay for some steps, and a pass of no token is none
             compute_RL[0, 0] |= ~compute_RL.any()
         options: Any = dict(branches=self.branches, mask=self.tokens.mask, reuse=self.reuse, waits=self.waits)
         if shadowed:
