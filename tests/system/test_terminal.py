@@ -71,11 +71,14 @@ CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def typed(*script: tuple[str, str], words: list[str], cwd: Path) -> str:
-    """Waits for a pattern in what a command writes, types something, and so on; all that it wrote, with its control codes."""
+    """Waits for a pattern in what a command writes, types something, and so on; all that it wrote, with its control codes.
+
+    A Ctrl-C after which nothing comes is typed again: readline misses one between its prompt and its wait for a key.
+    """
     here, there = pty.openpty()
     termios.tcsetwinsize(there, (40, 100))
     env = {**environment(), "TERM": "xterm"}
-    written, seen_until, left = b"", 0, list(script)
+    written, seen_until, left, last, silences = b"", 0, list(script), "", 0
     with subprocess.Popen(
         # a session of its own, whose terminal this is: Ctrl-C comes as a signal
         [str(BIN / "dllm"), *words],
@@ -89,11 +92,17 @@ def typed(*script: tuple[str, str], words: list[str], cwd: Path) -> str:
     ) as run:
         os.close(there)
         try:
-            while select.select([here], [], [], 300)[0]:
-                written += os.read(here, 65536)
+            while silences < 30:
+                if not select.select([here], [], [], 10)[0]:
+                    silences += 1
+                    if last == "\x03":
+                        os.write(here, last.encode())
+                    continue
+                written, silences = written + os.read(here, 65536), 0
                 while left and (found := re.search(left[0][0].encode(), written[seen_until:])):
                     seen_until += found.end()
-                    os.write(here, left.pop(0)[1].encode())
+                    last = left.pop(0)[1]
+                    os.write(here, last.encode())
             run.kill()  # it waits for something that this test does not type
         except OSError:  # how Linux says that the other end is closed
             pass
