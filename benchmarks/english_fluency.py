@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from english_models import Judge, checkpoints
 from english_texts import spans
-from measured import Part, Row, Store, table
+from measured import Part, Row, Store, of_task, table
 from torch import Tensor
 from turns import CACHES
 
@@ -189,20 +189,15 @@ def fluency_report(store: Store) -> str:
     )
     for task in ("infilling", "continuation"):
         lines = []
-        for name, row in rows.items():
-            of, policy, cache = name.split(" | ")
-            if of != task:
-                continue
+        for policy, cache, row in of_task(rows, task):
             nats, error = per_token(row)
-            behind = f"{row['nats_behind'] / row['tokens_behind']:.2f}" if row["tokens_behind"] else ""
-            speed = f"{row['tokens_per_forward']:.2f}" if "tokens_per_forward" in row else ""
             lines.append(
                 [
                     policy,
                     cache,
-                    speed,
+                    f"{row['tokens_per_forward']:.2f}" if "tokens_per_forward" in row else "",
                     f"{nats:.2f} ± {error:.2f}",
-                    behind,
+                    f"{row['nats_behind'] / row['tokens_behind']:.2f}" if row["tokens_behind"] else "",
                     f"{row['distinct_2']:.2f}",
                     f"{row['entropy']:.2f}",
                 ]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from english_fluency import per_token
-from measured import Part, Row, Store, table
+from measured import Part, Row, Store, of_task, table
 from turns import CACHES
 
 from dllm.data.addition import problems
@@ -144,18 +144,10 @@ def trade_report(store: Store) -> str:
     )
     for task in ("sudoku", "addition"):
         lines = []
-        for name, row in rows.items():
-            of, policy, cache = name.split(" | ")
-            if of == task:
-                error = math.sqrt(row["right"] * (1 - row["right"]) / row["of"])
-                lines.append(
-                    [
-                        policy,
-                        cache,
-                        f"{row['tokens_per_forward']:.2f}",
-                        f"{100 * row['right']:.1f} ± {100 * error:.1f} %",
-                    ]
-                )
+        for policy, cache, row in of_task(rows, task):
+            error = math.sqrt(row["right"] * (1 - row["right"]) / row["of"])
+            right = f"{100 * row['right']:.1f} ± {100 * error:.1f} %"
+            lines.append([policy, cache, f"{row['tokens_per_forward']:.2f}", right])
         if lines:
             text += f"\n### {task.capitalize()}\n\n" + table(["policy", "cache", "tokens/forward", "right"], lines)
     return text
@@ -217,9 +209,8 @@ SHAPES = dict(zip(CACHES, ("o", "s", "^", "D", "v"), strict=True))
 def points(store: Store, task: str) -> list[tuple[str, str, float, float]]:
     """(family of policies, cache, tokens per forward, quality) of each measurement of a task."""
     found = []
-    for name, row in {**store.rows("fluency"), **store.rows("trade")}.items():
-        of, policy, cache = name.split(" | ")
-        if of == task and cache in SHAPES and "tokens_per_forward" in row:
+    for policy, cache, row in of_task({**store.rows("fluency"), **store.rows("trade")}, task):
+        if cache in SHAPES and "tokens_per_forward" in row:
             quality = per_token(row)[0] if task == "infilling" else 100 * row["right"]
             words = policy.replace(",", "").split()
             family = words[0] + (f", {words[-1]}" if words[-1] in ("random", "margin") else "")

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,14 @@ class Part:
                 f"command: {', '.join(self.left_out)}",
                 file=sys.stderr,
             )
+
+
+def of_task(rows: dict[str, Row], task: str) -> Iterator[tuple[str, str, Row]]:
+    """(policy, cache, measurement) of the rows that are called `task | policy | cache`."""
+    for name, row in rows.items():
+        of, policy, cache = name.split(" | ")
+        if of == task:
+            yield policy, cache, row
 
 
 def machine() -> str:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
 from dllm.pipelines.llada.marked_template import Rendering, mark_template, source_template
-from dllm.pipelines.llada.tokenizer import MASK_SPELLINGS, name_end_of_turn
+from dllm.pipelines.llada.tokenizer import MARKERS, MASK_SPELLINGS, name_end_of_turn
 
 RESERVED = re.compile(r"[<\[].*(reserved|unused).*[>\]]", re.IGNORECASE)
 """Tokens that stand in a vocabulary for nothing yet, such as <|reserved_special_token_0|> or [unused1]."""
@@ -94,6 +94,9 @@ def _check_named(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
         )
     if name := _meaning(tokenizer, token):
         raise OptionError(f"--mask_token {token!r} is the tokenizer's {name}_token: the mask needs one of its own.")
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    if token in MARKERS or (token in tokenizer.get_added_vocab() and token in template):
+        raise OptionError(f"--mask_token {token!r} stands in chat templates: the mask needs one that no text has.")
 
 
 def _meaning(tokenizer: PreTrainedTokenizerBase, token: str) -> str | None:

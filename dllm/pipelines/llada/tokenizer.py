@@ -23,6 +23,8 @@ BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
 HEADER_START, HEADER_END, EOT = "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"
 ROLE_END = "<|role_end|>"
 """How LLaDA-MoE ends a turn; its checkpoints bring their own chat template."""
+MARKERS = (HEADER_START, HEADER_END, EOT, ROLE_END)
+"""What stands in LLaDA's chat templates."""
 SPECIAL_TOKENS = (BOS, EOS, MASK, HEADER_START, HEADER_END, EOT)
 MASK_SPELLINGS = (MASK, "<|mask|>", "[MASK]")
 """How mask tokens are spelt where a tokenizer does not declare one."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,17 @@ def test_a_reserved_token_that_has_a_meaning_is_not_spare() -> None:
         choose_mask(words, "reserved")
     with pytest.raises(OptionError, match="'<unused0>' is the tokenizer's pad_token"):
         choose_mask(words, "<unused0>")
+
+
+@pytest.mark.parametrize(
+    ("name", "token"), [("Llama 3", "<|eot_id|>"), ("Llama 3", "<|start_header_id|>"), ("Qwen2.5", "<|im_start|>")]
+)
+def test_what_stands_in_chat_templates_is_no_mask(name: str, token: str) -> None:
+    tokens, template, named, _ = LIKE[name]
+    words = autoregressive.tokenizer(*tokens, template=template, **named)
+    choose_ends(words)
+    with pytest.raises(OptionError, match=f"{re.escape(token)}' stands in chat templates"):
+        choose_mask(words, token)
 
 
 def test_no_name_is_left_for_a_new_mask() -> None:
