@@ -24,6 +24,7 @@ def measure_bits(arguments: argparse.Namespace, store: Store, judge: Callable[[]
     }
     part = Part(store, "bits", arguments.budget["bits"], settings)
     items: dict[str, Callable[[], Row]] = {}
+    weights: dict[str, str] = {}
     if arguments.source:
         items["source"] = lambda: of_source(judge(), texts)
     for name, folder in arguments.runs.items():
@@ -31,7 +32,8 @@ def measure_bits(arguments: argparse.Namespace, store: Store, judge: Callable[[]
             checkpoints(name, folder, arguments.checkpoints)
         ):  # the last is the first to be known
             items[checkpoint.name] = partial(of_checkpoint, checkpoint, texts, arguments)
-    part.measure(items)
+            weights[checkpoint.name] = checkpoint.fingerprint()
+    part.measure(items, weights)
 
 
 def of_source(judge: Judge, texts: list[str]) -> Row:

@@ -114,12 +114,14 @@ def measure_definitions(arguments: argparse.Namespace, store: Store, judge: Call
         {"words": CANDIDATES * len(words), "samples": arguments.definition_samples, "candidates": CANDIDATES},
     )
     items: dict[str, Callable[[], Row]] = {}
+    weights: dict[str, str] = {}
     for name, folder in reversed(arguments.runs.items()):
         checkpoint = checkpoints(name, folder, 1)[0]
         items[checkpoint.name] = partial(of_checkpoint, name, checkpoint, words, arguments.definition_samples)
+        weights[checkpoint.name] = checkpoint.fingerprint()
     if arguments.source:
         items["source"] = lambda: chosen_right(words, line_prompt, judge_scorer(judge())) | {"asked": "line"}
-    part.measure(items)
+    part.measure(items, weights)
 
 
 def of_checkpoint(name: str, checkpoint: Any, words: list[list[Sense]], samples: int) -> Row:

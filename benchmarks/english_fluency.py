@@ -129,7 +129,7 @@ def measure_fluency(arguments: argparse.Namespace, store: Store, judge: Callable
             items[f"{task} | {policy} | {cache}"] = partial(
                 sampled, model, tokenizer, judge, task, known, given, blank, options
             )
-    part.measure(items)
+    part.measure(items, dict.fromkeys((name for name in items if not name.endswith("-")), checkpoint.fingerprint()))
 
 
 def windows(tokenizer: Any, n: int, tokens: int) -> list[Tensor]:

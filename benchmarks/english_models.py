@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,21 @@ class Checkpoint(NamedTuple):
     tokens: int
     """That training had seen."""
 
+    def fingerprint(self) -> str:
+        """Of its tensors."""
+        return fingerprint(self.path)
+
     def load(self) -> tuple[Any, Any]:
         return load_model(str(self.path)), load_tokenizer(str(self.path))
+
+
+def fingerprint(folder: Path) -> str:
+    """Two folders of tensors have the same one if their safetensors files are the same."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def checkpoints(name: str, folder: Path, most: int = 100) -> list[Checkpoint]:

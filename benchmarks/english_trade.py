@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from english_fluency import per_token
+from english_models import fingerprint
 from measured import Part, Row, Store, of_task, table
 from turns import CACHES
 
@@ -128,7 +129,9 @@ def measure_trade(arguments: argparse.Namespace, store: Store) -> None:
     sums = problems("test", arguments.sums)
     for name, (a_forward, options) in settings_of("addition").items():
         items[f"addition | {name}"] = partial(addition_row, adder, characters, sums, a_forward, options)
-    part.measure(items)
+    part.measure(
+        items, dict.fromkeys((name for name in items if name.startswith("addition")), fingerprint(Path(folder)))
+    )
 
 
 def trade_report(store: Store) -> str:

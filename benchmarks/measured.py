@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,14 @@ class Part:
         self.until = time.monotonic() + 60 * minutes
         self.left_out: list[str] = []
 
-    def measure(self, items: dict[str, Callable[[], Row]]) -> None:
-        """Takes the measurements that are not there yet, in their order, and shows how far it is."""
+    def measure(self, items: dict[str, Callable[[], Row]], weights: Mapping[str, str] | None = None) -> None:
+        """Takes the measurements that are not there yet, in their order, and shows how far it is.
+
+        Args:
+            items: the name of each, and what takes it.
+            weights: the name of some, and the fingerprint of the model that is measured: a row of another model is taken anew.
+        """
+        weights = weights or {}
         columns = (
             TextColumn("{task.fields[part]}"),
             BarColumn(),
@@ -78,12 +84,14 @@ class Part:
             task = progress.add_task("", total=len(items), part=self.name)
             for name, take in items.items():
                 progress.update(task, description=name)
-                if name not in self.kept["rows"]:
+                made_of = {"weights": weights[name]} if name in weights else {}
+                there = self.kept["rows"].get(name)
+                if there is None or there.get("weights") != made_of.get("weights"):
                     if time.monotonic() > self.until:
                         self.left_out.append(name)
                     else:
                         began = time.monotonic()
-                        self.kept["rows"][name] = take()
+                        self.kept["rows"][name] = take() | made_of
                         self.kept["seconds"] += time.monotonic() - began
                         self.store.save()
                 progress.advance(task)

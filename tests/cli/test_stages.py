@@ -32,6 +32,25 @@ def test_a_command_runs_to_its_end(tmp_path: Path) -> None:
     assert (tmp_path / "out.txt").read_text() == f"dllm {__version__}\n"
 
 
+def test_a_closed_terminal_keeps_nothing_from_being_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    def look() -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr("sys.stderr", Closed())
+    ended: list[int] = []
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(
+        subprocess.Popen, "wait", lambda self, timeout=None: ended.append(wait(self, timeout)) or ended[-1]
+    )
+    with pytest.raises(SystemExit):
+        run_command(WAITING, tmp_path / "out.txt", look)
+    assert ended == [-signal.SIGTERM], "it was asked to end, and not killed"
+
+
 def test_a_command_that_fails_says_its_last_line(tmp_path: Path) -> None:
     output = tmp_path / "out.txt"
     with pytest.raises(

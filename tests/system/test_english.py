@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.workshop import BIN, environment, run
+from system.workshop import BIN, environment, run, typed
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -108,6 +108,15 @@ def test_a_second_run_starts_from_what_the_first_made(made: tuple[Path, list[str
     assert shown.count("is there already") == 3
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
     assert f"> {english.QUESTIONS[0]}\n" in shown
+    seen = typed(
+        ("/help lists the commands.[^>]*> ", "hello\n"),
+        ("step 0 of 48", ""),
+        (r"\[\?25h[\s\S]*> ", "\x04"),
+        words=command[1:],
+        cwd=folder,
+    )
+    assert "4/4 chat" in seen
+    assert "·" in seen, "masks, before there is text"
     refused = run([*command[:-2], "21", "10"], folder, code=2)
     assert "runs/english/pretrained was begun with 20 steps, and 21 are asked for." in refused
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import pty
 import re
-import select
 import subprocess
 import termios
 import time
 from pathlib import Path
 
 import pytest
-from system.workshop import BIN, environment, save_tiny_model, write_jsonl
+from system.workshop import BIN, environment, save_tiny_model, typed, write_jsonl
 
 from dllm.training.callbacks import read_log
 
@@ -68,49 +66,6 @@ def test_a_puzzle_fills_up_in_place(tmp_path: Path) -> None:
 
 TEXTS = ["the sea is grey and the sky is wide", "why is the sky blue?"]
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-
-
-def typed(*script: tuple[str, str], words: list[str], cwd: Path) -> str:
-    """Waits for a pattern in what a command writes, types something, and so on; all that it wrote, with its control codes.
-
-    A Ctrl-C after which nothing comes is typed again: readline misses one between its prompt and its wait for a key.
-    """
-    here, there = pty.openpty()
-    termios.tcsetwinsize(there, (40, 100))
-    env = {**environment(), "TERM": "xterm"}
-    written, seen_until, left, last, silences = b"", 0, list(script), "", 0
-    with subprocess.Popen(
-        # a session of its own, whose terminal this is: Ctrl-C comes as a signal
-        [str(BIN / "dllm"), *words],
-        cwd=cwd,
-        env=env,
-        stdin=there,
-        stdout=there,
-        stderr=there,
-        start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-    ) as run:
-        os.close(there)
-        try:
-            while silences < 30:
-                if not select.select([here], [], [], 10)[0]:
-                    silences += 1
-                    if last == "\x03":
-                        os.write(here, last.encode())
-                    continue
-                written, silences = written + os.read(here, 65536), 0
-                while left and (found := re.search(left[0][0].encode(), written[seen_until:])):
-                    seen_until += found.end()
-                    last = left.pop(0)[1]
-                    os.write(here, last.encode())
-            run.kill()  # it waits for something that this test does not type
-        except OSError:  # how Linux says that the other end is closed
-            pass
-    os.close(here)
-    text = written.decode(errors="replace")
-    assert not left, f"{left[0]} never came\n{text}"
-    assert run.returncode == 0, text
-    return text
 
 
 def test_an_answer_takes_shape_in_a_chat_and_ctrl_c_stops_the_next(tmp_path: Path) -> None:

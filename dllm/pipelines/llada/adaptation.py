@@ -90,7 +90,8 @@ def adapt(
         say: is told what the source is, before its weights are read.
 
     Raises:
-        OptionError: the output folder is not empty, or a dtype, shard size or mask token that does not exist.
+        OptionError: the output folder is not empty or cannot be written, or a dtype, shard size or mask token that does not
+            exist.
         CheckpointError: the source cannot be read, or has what LLaDA's dense block has not; before its weights are read.
         MissingExtraError: a GGUF file without the package `gguf`.
     """
@@ -101,10 +102,11 @@ def adapt(
     place = find_source(source, gguf_file)
     theirs = read_config(place)
     tokenizer = read_tokenizer(place)
-    template, known = choose_ends(tokenizer), len(tokenizer)
+    carried, known = choose_ends(tokenizer), len(tokenizer)
     mask = choose_mask(tokenizer, mask_token)
     prepare_tokenizer(tokenizer, str(source))
-    if template != "marked" and marks_answers(tokenizer):
+    template = carried
+    if carried != "marked" and marks_answers(tokenizer):
         template = "llada" if tokenizer.chat_template == CHAT_TEMPLATE else "marked"
     config = adapted_config(theirs, tokenizer)
     config.adapted_from = {
@@ -119,7 +121,7 @@ def adapt(
             f"{theirs.vocab_size:,} rows of embedding"
         )
     model = adapted_model(read_weights(place, theirs, kind), config, mask, known)
-    with written_whole(output) as partial:
+    with written_whole(output, model) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(partial)
         _check_written(partial, tokenizer)
@@ -128,6 +130,11 @@ def adapt(
             f"The source's chat template could not be marked, and is written as it was: what the assistant says cannot be told "
             f"from the rest. Before dllm sft, put {{% generation %}} and {{% endgeneration %}} around it in "
             f"{output / 'chat_template.jinja'}.",
+            stacklevel=2,
+        )
+    if template == "llada" and carried == "source":
+        warnings.warn(
+            "The source's chat template could not be marked for fine-tuning: LLaDA's, with the same markers, takes its place.",
             stacklevel=2,
         )
     return Adaptation(

@@ -14,9 +14,10 @@ from dllm.errors import CheckpointError, OptionError, did_you_mean
 from dllm.pipelines.llada.marked_template import Rendering, mark_template, source_template
 from dllm.pipelines.llada.tokenizer import MARKERS, MASK_SPELLINGS, name_end_of_turn
 
-RESERVED = re.compile(r"[<\[].*(reserved|unused).*[>\]]", re.IGNORECASE)
-"""Tokens that stand in a vocabulary for nothing yet, such as <|reserved_special_token_0|> or [unused1]."""
-DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>")
+RESERVED = re.compile(r"[<\[].*(reserved|unused).*[>\]]|\[PAD\d+\]", re.IGNORECASE)
+"""Tokens that stand in a vocabulary for nothing yet, such as <|reserved_special_token_0|>, [unused1], or [PAD151665] with which
+GGUF files fill a vocabulary up."""
+DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<\uff5cend\u2581of\u2581sentence\uff5c>")
 """How the end of a document is spelt where end-of-turn took its place as `eos_token`."""
 MEANINGS = ("bos", "eos", "eot", "pad", "unk")
 """Named tokens that the mask cannot be: they are in clean text, or stand for what is no text."""
@@ -60,7 +61,7 @@ def choose_mask(tokenizer: PreTrainedTokenizerBase, wanted: str = "auto") -> Mas
     reserved = sorted(
         (id_, token)
         for token, id_ in vocabulary.items()
-        if RESERVED.fullmatch(token) and _meaning(tokenizer, token) is None
+        if RESERVED.fullmatch(token) and _meaning(tokenizer, token) is None and token not in _template(tokenizer)
     )
     if wanted == "auto" and tokenizer.mask_token_id is not None:
         if other := _meaning(tokenizer, tokenizer.mask_token):
@@ -94,14 +95,18 @@ def _check_named(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
         )
     if name := _meaning(tokenizer, token):
         raise OptionError(f"--mask_token {token!r} is the tokenizer's {name}_token: the mask needs one of its own.")
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    if token in MARKERS or (token in tokenizer.get_added_vocab() and token in template):
+    if token in MARKERS or (token in tokenizer.get_added_vocab() and token in _template(tokenizer)):
         raise OptionError(f"--mask_token {token!r} stands in chat templates: the mask needs one that no text has.")
 
 
 def _meaning(tokenizer: PreTrainedTokenizerBase, token: str) -> str | None:
     """Which named token of a tokenizer it is, but for the mask."""
     return next((name for name in MEANINGS if token == getattr(tokenizer, f"{name}_token", None)), None)
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a tokenizer's chat template; empty where it has none, or several."""
+    return tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
 
 
 def _new_spelling(vocabulary: Container[str]) -> str:
@@ -130,7 +135,8 @@ def choose_ends(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     if tokenizer.eos_token is None:
         raise CheckpointError(
-            "The source's tokenizer has no end-of-text token (eos_token): LLaDA joins and pads with it."
+            "The source's tokenizer has no end-of-text token (eos_token), and LLaDA joins and pads with it: name one of its "
+            "vocabulary in its tokenizer_config.json."
         )
     theirs, template, marked = str(tokenizer.eos_token), source_template(tokenizer), mark_template(tokenizer)
     turn = marked.turn_end.strip() if marked is not None else None

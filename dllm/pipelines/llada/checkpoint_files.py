@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from torch import nn
 
+from dllm.disk import put_in_place
 from dllm.errors import CheckpointError, OptionError
 
 HUB_OPTIONS = ("revision", "token", "cache_dir")
@@ -106,22 +109,37 @@ def check_shard_size(size: str) -> None:
 
 
 @contextmanager
-def written_whole(output: Path) -> Iterator[Path]:
-    """The folder `NAME.partial` to write into, which is given its name at the end; an error deletes it.
+def written_whole(output: Path, model: nn.Module) -> Iterator[Path]:
+    """The folder `NAME.partial` to write a model into, which is given its name at the end; an error deletes it.
 
     Args:
         output: a folder that does not exist or is empty.
+        model: whose weights will be written, for which the disk must have room.
+
+    Raises:
+        OptionError: it has not, or the folder cannot be written.
     """
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    free = shutil.disk_usage(next(folder for folder in output.absolute().parents if folder.exists())).free
+    if free < needed:
+        raise OptionError(
+            f"The disk of {output} has {free / 1e9:.2f} GB free, and the weights take {needed / 1e9:.2f} GB: free some space, or "
+            f"name another folder."
+        )
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         yield partial
-    except BaseException:
+        if output.exists():
+            output.rmdir()
+        put_in_place(partial, output)
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):
+            raise OptionError(
+                f"{output} could not be written: {error}. Free some space, or name another folder."
+            ) from error
         raise
-    if output.exists():
-        output.rmdir()
-    partial.rename(output)
 
 
 def hub_folder(name: str, **options: Any) -> Path:

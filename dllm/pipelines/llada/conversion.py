@@ -38,7 +38,7 @@ def convert(
         adapter: a folder or hub id of a LoRA adapter to merge (needs the extra `peft`).
 
     Raises:
-        OptionError: the output folder is not empty, or a dtype or shard size that does not exist.
+        OptionError: the output folder is not empty or cannot be written, or a dtype or shard size that does not exist.
         CheckpointError: the checkpoint or the adapter cannot be read.
         MissingExtraError: peft is needed and not installed.
     """
@@ -59,7 +59,7 @@ def convert(
     except CheckpointError as error:
         warnings.warn(f"Only the model is written: {error}", stacklevel=2)
         tokenizer = None
-    with written_whole(output) as partial:
+    with written_whole(output, model) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -56,6 +56,9 @@ OPTIONAL_KEYS = {
 WIDTH_KEYS = ("attention.key_length", "rope.dimension_count")
 """A head's width, and how much of it turns with the position: all."""
 
+UNPACKED = {0: "F32", 1: "F16", 30: "BF16"}
+"""Number of a type -> its name."""
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _LONGEST = 1 << 24
@@ -188,7 +191,7 @@ def _check_types(path: Path, header: GGUFHeader) -> None:
         import gguf
     except ImportError as error:
         raise MissingExtraError("gguf", "gguf", f"Reading {path.name}") from error
-    names = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}
+    names, readable = {int(kind): kind.name for kind in gguf.GGMLQuantizationType}, _readable_types()
     blocks: dict[int, tuple[int, int]] = {}
     for number, name in {number: name for name, (number, _, _) in header.tensors.items()}.items():
         try:
@@ -196,16 +199,28 @@ def _check_types(path: Path, header: GGUFHeader) -> None:
             blocks[number] = gguf.GGML_QUANT_SIZES[kind]
             # one block of zeros: some types have a name and a size, and no way back to numbers
             gguf.dequantize(np.zeros((1, blocks[number][1]), dtype=np.uint8), kind)
+            if readable and number not in readable:
+                raise NotImplementedError
         except (ValueError, KeyError, NotImplementedError) as error:
+            packages = " and ".join(f"{each} {importlib.metadata.version(each)}" for each in ("transformers", "gguf"))
             raise CheckpointError(
-                f"{path} holds {name} in the quantisation {names.get(number, number)}, which the package gguf "
-                f"{importlib.metadata.version('gguf')} cannot read: take another file of the model, such as its Q8_0 or F16."
+                f"{path} holds {name} in the quantisation {names.get(number, number)}, which {packages} cannot read: take "
+                f"another file of the model, such as its Q8_0 or F16."
             ) from error
     end = path.stat().st_size - header.data_start
     for name, (number, weights, place) in header.tensors.items():
         block, size = blocks[number]
         if place + weights // block * size > end:
             raise CheckpointError(f"{path} is cut short: {name} ends behind the file's end. Copy it again.")
+
+
+def _readable_types() -> set[int]:
+    """Numbers of the types that transformers reads: fewer than `gguf` does. Empty where it does not say."""
+    try:
+        from transformers.integrations.gguf.dequant import GGML_BLOCK
+    except ImportError:
+        return set()
+    return {*GGML_BLOCK, *UNPACKED}
 
 
 def _entry(file: BinaryIO) -> tuple[str, Any]:

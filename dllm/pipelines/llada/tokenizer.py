@@ -97,9 +97,10 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrain
     markers = next((family for family in (dense, mixture) if vocabulary.keys() >= set(family)), ())
     if any(len(tokenizer(marker, add_special_tokens=False)["input_ids"]) != 1 for marker in markers):
         tokenizer.add_special_tokens({"extra_special_tokens": list(markers)}, replace_extra_special_tokens=False)
-    if markers == dense and not marks_answers(tokenizer):
+    named = getattr(tokenizer, "eot_token", None)
+    if markers == dense and not marks_answers(tokenizer) and str(named or EOT) == EOT:
         tokenizer.chat_template = CHAT_TEMPLATE
-    if markers and getattr(tokenizer, "eot_token_id", None) is None:
+    if markers and named is None:
         tokenizer.eot_token, tokenizer.eot_token_id = markers[-1], vocabulary[markers[-1]]
     return tokenizer
 

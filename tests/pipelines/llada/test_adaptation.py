@@ -177,6 +177,22 @@ def test_a_template_that_cannot_be_marked_is_kept_with_a_warning(tmp_path: Path)
     assert again.apply_chat_template(talk, tokenize=False) == words.apply_chat_template(talk, tokenize=False)
 
 
+@pytest.mark.parametrize(("turn", "kept"), [("<|im_end|>", True), ("<|eot_id|>", False)])
+def test_a_template_that_cannot_be_marked_beside_lladas_markers(turn: str, kept: bool, tmp_path: Path) -> None:
+    markers = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    words = autoregressive.chatml_tokenizer(*markers, eos_token=turn)
+    words.chat_template = f"{{% for m in messages %}}{{{{ m['content'][:3] + '{turn}' }}}}{{% endfor %}}"
+    source = autoregressive.save(tmp_path / "source", autoregressive.model("llama", len(words)), words)
+    with pytest.warns(
+        UserWarning, match="could not be marked, and is" if kept else "could not be marked for fine-tuning: LLaDA's"
+    ):
+        done = llada.adapt(source, tmp_path / "out")
+    again = llada.load_tokenizer(done.folder)
+    assert (done.chat_template, done.eot, again.eot_token) == ("source" if kept else "llada", turn, turn)
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "world"}]
+    assert again.apply_chat_template(talk, tokenize=False).endswith(f"wor{turn}" if kept else f"world{turn}")
+
+
 @pytest.mark.parametrize(
     ("begin", "end"), [("{% generation %}", "{% endgeneration %}"), ("{%- generation -%}", "{%- endgeneration -%}")]
 )
@@ -227,6 +243,6 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(WORDS), "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OptionError, match=r"out could not be written: .*No space left on device\. Free some space"):
         llada.adapt(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

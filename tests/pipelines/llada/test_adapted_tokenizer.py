@@ -94,6 +94,8 @@ def words_with(*tokens: str, **named: str) -> PreTrainedTokenizerBase:
 MASKS: list[tuple[tuple[str, ...], dict[str, Any], str, tuple[str, str]]] = [
     (("[unused1]", "[unused2]"), {}, "auto", ("[unused1]", "reserved")),
     (("<unused7>",), {}, "reserved", ("<unused7>", "reserved")),
+    (("[PAD12]", "[PAD]"), {}, "auto", ("[PAD12]", "reserved")),
+    (("[PAD]",), {}, "auto", (MASK, "appended")),
     (("[unused1]",), {}, "append", (MASK, "appended")),
     (("reserved",), {}, "auto", (MASK, "appended")),  # a word, and no special token
     (("<|mine|>",), dict(mask_token="<|mine|>"), "auto", ("<|mine|>", "declared")),
@@ -157,6 +159,12 @@ def test_what_stands_in_chat_templates_is_no_mask(name: str, token: str) -> None
     choose_ends(words)
     with pytest.raises(OptionError, match=f"{re.escape(token)}' stands in chat templates"):
         choose_mask(words, token)
+
+
+def test_a_reserved_token_that_opens_turns_is_no_mask() -> None:
+    words = words_with("<unused0>", "<unused1>")
+    words.chat_template = "{% for m in messages %}<unused0>{{ m['content'] }}</s>{% endfor %}"
+    assert choose_mask(words).token == "<unused1>"
 
 
 def test_no_name_is_left_for_a_new_mask() -> None:

@@ -142,7 +142,7 @@ def test_a_failure_while_writing_leaves_nothing(tiny: Path, tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left on device"):
+    with pytest.raises(OptionError, match="No space left on device"):
         convert(str(tiny), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
