@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.workshop import BIN, environment, run, typed
+from system.workshop import BIN, ROOT, commands, environment, make_workshop, marked, run, typed
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -64,6 +65,24 @@ def made(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     folder = tmp_path_factory.mktemp("english")
     command = ["dllm", "english", "--source", str(source), "--steps", "20", "10"]
     return folder, command, run(command, folder)
+
+
+def test_the_commands_of_docs_adapting(source: Path, tmp_path: Path) -> None:
+    (block,) = marked(ROOT / "docs/adapting.md", "substituted")
+    small = {
+        "builtin:text": "builtin:text[train:20,test:2]",
+        "allenai/tulu-3-sft-mixture[train:10000,test:1000]": "builtin:dialogues[train:16,test:2]",
+        "1000": "3",
+    }
+    shutil.copytree(source, tmp_path / "HuggingFaceTB/SmolLM2-135M-Instruct")
+    shown = ""
+    for words in commands(block):
+        shown += run([small.get(word, word) for word in words], tmp_path)
+    assert shown.count("Saved the model and its tokenizer to models/smollm-") == 2
+    assert "Traceback" not in shown
+    (cluster,) = marked(ROOT / "docs/adapting.md", "slurm")
+    sbatch = 'sbatch() { while [[ $1 == -* ]]; do shift; done; bash "$@" --dry_run; }\n'
+    assert "--continue_from_weights" in run(sbatch + cluster.text, make_workshop(tmp_path))
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
