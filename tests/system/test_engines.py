@@ -112,7 +112,7 @@ def assert_agree(one: Path, other: Path) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = make_workshop(tmp_path_factory.mktemp("engines"))
     save_tiny_model(folder / "base")
-    save_tiny_model(folder / "tied", more={"weight_tying": True})
+    save_tiny_model(folder / "tied", more={"weight_tying": True, "include_qkv_bias": True})
     answers = [f"{i * i:b}" * (1 + i % 5) for i in range(25)]  # 1 to 45 tokens: the normalisations differ
     chats = [[{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": a}] for i, a in enumerate(answers)]
     write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in chats])
@@ -170,13 +170,13 @@ def test_losses_gradients_and_weights_are_those_of_one_process(name: str, folder
 
 
 @pytest.mark.parametrize("made", list(KINDS))
-def test_packed_rows_masked_documents_and_tied_weights_too(name: str, folder: Path, shown: str, made: str) -> None:
+def test_packed_rows_masked_documents_tied_weights_and_biases_too(name: str, folder: Path, shown: str, made: str) -> None:
     if name not in DIVIDING:
         pytest.skip("with DDP and ZeRO-1 each process has whole gradients, and ZeRO-3 divides as FSDP2 does")
     assert len(values(folder / f"{name}-{made}", "loss")) == STEPS
     assert_agree(folder / f"one-{made}", folder / f"{name}-{made}")
     config = load_model(str(folder / f"{name}-{made}" / "checkpoint-final")).config
-    assert config.weight_tying is (made == "tied")
+    assert config.weight_tying is config.include_qkv_bias is (made == "tied")
     if made != "tied":  # what the option changes
         assert values(folder / f"one-{made}", "loss")[1] != values(folder / "one-sequence", "loss")[1]
 
