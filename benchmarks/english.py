@@ -1,11 +1,12 @@
 """English: what adapting an autoregressive model gives, and what writing several tokens at once costs.
 
-Use, after `make english`, which shows its command of pretraining; the same again with `--save_total_limit 4` and another folder keeps the
-checkpoints along the way. From nothing, for as long:
+Use, after `make english`, which shows its command of pretraining; the same again with `--save_total_limit 4` and another
+folder keeps the checkpoints along the way. From nothing, for as long:
 
     dllm pretrain --model_name_or_path small --tokenizer_name_or_path bpe:8192 --learning_rate 1.5e-3 --max_length 256
         --dataset_args "builtin:text[weight:0.6,test:8] | builtin:wordnet[weight:0.4,test:60]" --random_length 0
-        --per_device_train_batch_size 8 --max_steps 600 --save_steps 0.25 --output_dir runs/scratch
+        --per_device_train_batch_size 8 --max_steps 600 --warmup_steps 20
+        --lr_scheduler_type linear --save_steps 0.25 --save_total_limit 4 --output_dir runs/scratch
 
     python benchmarks/english.py --source SmolLM2-135M-Instruct.Q4_1.gguf --adapted runs/english/adapted --scratch runs/scratch
         --pretrained runs/english/pretrained --tuned runs/english/tuned --output benchmarks/results/english_cpu_DATE.md

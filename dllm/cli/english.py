@@ -57,7 +57,7 @@ CHAT = {"--gen_length": "48", "--block_length": "8"}
 """A few words at a time: a model so young is surest of what stands next to what is written."""
 QUESTIONS = (
     "Hello! How are you today?",
-    'What does the noun "courage" mean?',
+    "What is the capital of France?",
     "Give me one tip: how can I sleep better?",
 )
 """Asked where nobody is there to type."""

@@ -170,7 +170,9 @@ def test_losses_gradients_and_weights_are_those_of_one_process(name: str, folder
 
 
 @pytest.mark.parametrize("made", list(KINDS))
-def test_packed_rows_masked_documents_tied_weights_and_biases_too(name: str, folder: Path, shown: str, made: str) -> None:
+def test_packed_rows_masked_documents_tied_weights_and_biases_too(
+    name: str, folder: Path, shown: str, made: str
+) -> None:
     if name not in DIVIDING:
         pytest.skip("with DDP and ZeRO-1 each process has whole gradients, and ZeRO-3 divides as FSDP2 does")
     assert len(values(folder / f"{name}-{made}", "loss")) == STEPS
