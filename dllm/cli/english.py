@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import shutil
 import statistics
@@ -104,19 +105,21 @@ def main(argv: Sequence[str]) -> None:
     )
     arguments = parser.parse_args(list(argv))
     for name in ("minutes", "steps"):
-        if any(value <= 0 for value in getattr(arguments, name) or ()):
+        if any(not 0 < value < math.inf for value in getattr(arguments, name) or ()):
             raise OptionError(f"--{name} {' '.join(map(str, getattr(arguments, name)))}: both are above 0.")
     folder: Path = arguments.output_dir
 
     from rich.console import Console
 
-    from dllm.cli.stages import Overview, alone, run_command, shown
+    from dllm.cli.stages import LOCK, Overview, alone, run_command, shown
 
     console = Console(highlight=False)
     adapted, pretrained, tuned = (folder / name for name in ("adapted", "pretrained", "tuned"))
     final = tuned / "checkpoint-final"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not ((folder / LOCK).exists() or adapted.exists()):
+            raise OptionError(f"--output_dir {folder} holds something else: name a folder that does not exist.")
     except OSError as error:
         raise OptionError(f"--output_dir {folder} cannot be made: {error.strerror}. Name another folder.") from error
     minutes = dict(zip(("pretrain", "sft"), arguments.minutes or MINUTES, strict=True))
@@ -140,6 +143,7 @@ def main(argv: Sequence[str]) -> None:
             run_command(words, folder / "adapt.txt", lambda: overview.show("seen from both sides"), lock)
         else:
             console.print(f"  {adapted} is there already")
+        check_template(adapted)
         overview.end()
         base = adapted
         for task, options, output in (("pretrain", PRETRAIN, pretrained), ("sft", SFT, tuned)):
@@ -213,6 +217,21 @@ def check_packages(source: str) -> None:
     for package, purpose in needed.items():
         if find_spec(package) is None:
             raise MissingExtraError(package, package, purpose)
+
+
+def check_template(adapted: Path) -> None:
+    """Whether fine-tuning can tell what the assistant says: found before the training that comes first.
+
+    Raises:
+        CheckpointError: the chat template does not mark it, or there is none.
+    """
+    template = adapted / "chat_template.jinja"
+    if not template.exists() or "endgeneration" not in template.read_text(encoding="utf-8"):
+        raise CheckpointError(
+            f"The source has no chat template that could be marked for fine-tuning: write one into {template}, with "
+            f"{{% generation %}} and {{% endgeneration %}} around what the assistant says, and run this again; or take a "
+            f"--source that was tuned for conversation."
+        )
 
 
 def adapted_from(config: Path) -> str | None:
@@ -318,7 +337,9 @@ def talk(model: Path, options: Mapping[str, str] = CHAT) -> None:
     words = ["--model_name_or_path", str(model), *(word for pair in options.items() for word in pair)]
     if sys.stdin.isatty() and sys.stdout.isatty():
         from dllm.cli import chat
+        from dllm.cli.stages import shown
 
+        print(f"  {shown(['chat', *words])}")
         chat.main(words)
     else:
         from dllm.cli import generate

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 STOPPING = {signal.SIGINT: signal.SIGINT, signal.SIGTERM: signal.SIGTERM, signal.SIGHUP: signal.SIGTERM}
 """Signals that end a run -> what the command gets, which saves and stops; a terminal that is closed sends SIGHUP."""
+LOCK = "lock"
+"""A file of each folder that was worked in."""
 TOLD_EVERY = 30.0
 """Seconds between two lines where there is no terminal for a bar."""
 _LOOK_EVERY = 0.3
@@ -115,7 +117,7 @@ def alone(folder: Path) -> Iterator[IO[str]]:
     Raises:
         OptionError: another run holds it.
     """
-    with (folder / "lock").open("a+", encoding="utf-8") as lock:
+    with (folder / LOCK).open("a+", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -43,6 +43,8 @@ def test_chat_is_made_of_options() -> None:
     [
         ("--minutes 0 4", "--minutes 0.0 4.0: both are above 0."),
         ("--steps 10 -1", "--steps 10 -1: both are above 0."),
+        ("--minutes nan 5", "--minutes nan 5.0: both are above 0."),
+        ("--output_dir .", "--output_dir . holds something else: name a folder that does not exist."),
         ("--steps 10", "expected 2 arguments"),
         ("--steps 10 10 --minutes 1 1", "argument --minutes: not allowed with argument --steps."),
         ("--output_dir file/x", "--output_dir file/x cannot be made: Not a directory. Name another folder."),
@@ -56,6 +58,17 @@ def test_refusals(
     (tmp_path / "file").touch()
     assert main(["english", *shlex.split(options)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_source_without_a_template_to_mark(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"write one into .*chat_template\.jinja, with \{% generation %\} and"):
+        english.check_template(tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{{ messages[0].content }}")
+    with pytest.raises(CheckpointError, match="could be marked"):
+        english.check_template(tmp_path)
+    template.write_text("{% generation %}{{ messages[0].content }}{% endgeneration %}")
+    english.check_template(tmp_path)
 
 
 def test_a_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +133,7 @@ def begun(folder: Path, *, finished: bool) -> Path:
     (folder / "adapted").mkdir()
     (folder / "adapted/config.json").write_text('{"adapted_from": {"source": "someone/small"}}')
     (folder / "adapted/model.safetensors").write_bytes(bytes(1000))
+    (folder / "adapted/chat_template.jinja").write_text("{% generation %}{% endgeneration %}")
     (folder / "pretrained.json").write_text('{"max_steps": 7}')
     if finished:
         (folder / "pretrained/checkpoint-final").mkdir(parents=True)

@@ -177,6 +177,7 @@ def test_a_clock_decides_on_the_steps(source: Path, tmp_path: Path) -> None:
 def test_a_stage_that_fails_says_why(source: Path, tmp_path: Path) -> None:
     (tmp_path / "runs/english/pretrained").mkdir(parents=True)
     (tmp_path / "runs/english/pretrained/mine.txt").write_text("precious")
+    (tmp_path / "runs/english/lock").touch()
     shown = run(["dllm", "english", "--source", str(source), "--steps", "2", "2"], tmp_path, code=2)
     assert "dllm english: dllm pretrain ended with status 2: dllm pretrain: --resume_from_checkpoint auto: " in shown
     assert "All that it said is in runs/english/pretrained.txt." in shown

@@ -95,7 +95,7 @@ def _check_named(tokenizer: PreTrainedTokenizerBase, token: str) -> None:
         )
     if name := _meaning(tokenizer, token):
         raise OptionError(f"--mask_token {token!r} is the tokenizer's {name}_token: the mask needs one of its own.")
-    if token in MARKERS or (token in tokenizer.get_added_vocab() and token in _template(tokenizer)):
+    if token in MARKERS or token in _template(tokenizer):
         raise OptionError(f"--mask_token {token!r} stands in chat templates: the mask needs one that no text has.")
 
 

@@ -137,7 +137,7 @@ def written_whole(output: Path, model: nn.Module) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
             raise OptionError(
-                f"{output} could not be written: {error}. Free some space, or name another folder."
+                f"{output} could not be written: {error}. Name another folder, or free some space."
             ) from error
         raise
 

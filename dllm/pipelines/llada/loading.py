@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean
 from dllm.layers.adapters import SETTINGS, attach, base_of, is_adapter, merged, read_quantisation
+from dllm.pipelines.llada.adaptable import FAMILIES
 from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, is_hub_id, read_header, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.models.configuration_llada import IMPLEMENTED, LLaDAConfig, is_mixture
@@ -241,8 +242,9 @@ def load_config(name_or_path: str | Path, **hub: Any) -> LLaDAConfig | LLaDAMoEC
             else f"The configuration of {name_or_path!r} cannot be read: {first_line(error)}"
         ) from error
     if not isinstance(config, LLaDAConfig | LLaDAMoEConfig):
+        way = f" Make one of it: dllm adapt {name_or_path} --output_dir DIR." if config.model_type in FAMILIES else ""
         raise CheckpointError(
-            f"{name_or_path!r} is a {config.model_type!r} model; dllm loads LLaDA checkpoints (model_type 'llada')."
+            f"{name_or_path!r} is a {config.model_type!r} model; dllm loads LLaDA checkpoints (model_type 'llada').{way}"
         )
     return config
 

@@ -243,6 +243,6 @@ def test_an_error_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pyte
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(type(WORDS), "save_pretrained", full)
-    with pytest.raises(OptionError, match=r"out could not be written: .*No space left on device\. Free some space"):
+    with pytest.raises(OptionError, match=r"out could not be written: .*No space left on device\. Name another folder"):
         llada.adapt(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -151,7 +151,8 @@ def test_a_reserved_token_that_has_a_meaning_is_not_spare() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "token"), [("Llama 3", "<|eot_id|>"), ("Llama 3", "<|start_header_id|>"), ("Qwen2.5", "<|im_start|>")]
+    ("name", "token"),
+    [("Llama 3", "<|eot_id|>"), ("Llama 3", "<|start_header_id|>"), ("Qwen2.5", "<|im_start|>"), ("Qwen2.5", "a")],
 )
 def test_what_stands_in_chat_templates_is_no_mask(name: str, token: str) -> None:
     tokens, template, named, _ = LIKE[name]

@@ -122,6 +122,14 @@ def test_another_model_is_an_error(checkpoint: Path) -> None:
         llada.load_model(str(checkpoint))
 
 
+def test_a_model_that_can_be_adapted_is_told_how(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    with pytest.raises(
+        CheckpointError, match=r"is a 'llama' model; .* Make one of it: dllm adapt .* --output_dir DIR\."
+    ):
+        llada.load_model(str(checkpoint))
+
+
 def test_code_in_a_checkpoint_is_not_run(checkpoint: Path) -> None:
     code = "raise SystemExit('code of the checkpoint ran')"
     for module in ("configuration_llada", "modeling_llada"):
