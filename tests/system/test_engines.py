@@ -157,7 +157,7 @@ def test_the_engine_is_the_one_that_was_asked_for(name: str, folder: Path, shown
     assert len(lines) == 6 + len(KINDS) * (name in DIVIDING) + (name in ADAPTERS) + (name != "zero1")
     whole_models = [line for line in lines if "of them trained" not in line]
     assert len(lines) - len(whole_models) == (name in ADAPTERS)
-    tied = [line for line in whole_models if "88,832 parameters" in line]
+    tied = [line for line in whole_models if "89,216 parameters" in line]
     assert len(tied) == (name in DIVIDING)
     assert all("95,424 parameters" in line for line in whole_models if line not in tied)
     assert all("2 processes" in line and line.endswith("accumulated; " + ENGINES[name].said) for line in lines)

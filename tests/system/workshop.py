@@ -11,6 +11,7 @@ import pty
 import re
 import select
 import shlex
+import signal
 import subprocess
 import sys
 import termios
@@ -85,6 +86,12 @@ def run(command: list[str] | str, cwd: Path, *, code: int = 0) -> str:
     return done.stdout
 
 
+def _take_terminal() -> None:
+    """As a shell starts a command: its standard input is its terminal, and Ctrl-C is not ignored, as it is in background jobs."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def typed(*script: tuple[str, str], words: list[str], cwd: Path) -> str:
     """Waits for a pattern in what a command writes, types something, and so on; all that it wrote, with its control codes.
 
@@ -103,7 +110,7 @@ def typed(*script: tuple[str, str], words: list[str], cwd: Path) -> str:
         stdout=there,
         stderr=there,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
     ) as run:
         os.close(there)
         try:
