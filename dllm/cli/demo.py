@@ -1,4 +1,4 @@
-"""`dllm demo`: from nothing to solved puzzles in about three minutes: train, evaluate, watch, plot."""
+"""`dllm demo`: from nothing to solved puzzles in some minutes: train, evaluate, watch, plot."""
 
 from __future__ import annotations
 
