@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 
-from english_models import Checkpoint, Judge, checkpoints
+from english_models import Checkpoint, Judge, checkpoints, fingerprint
 from english_texts import spans
 from measured import Part, Row, Store, table
 
@@ -32,7 +32,7 @@ def measure_bits(arguments: argparse.Namespace, store: Store, judge: Callable[[]
             checkpoints(name, folder, arguments.checkpoints)
         ):  # the last is the first to be known
             items[checkpoint.name] = partial(of_checkpoint, checkpoint, texts, arguments)
-            weights[checkpoint.name] = checkpoint.fingerprint()
+            weights[checkpoint.name] = fingerprint(checkpoint.path)
     part.measure(items, weights)
 
 

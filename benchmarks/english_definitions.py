@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from english_models import Judge, checkpoints
+from english_models import Judge, checkpoints, fingerprint
 from measured import Part, Row, Store, table
 
 from dllm.data.wordnet import Sense, definitions
@@ -118,7 +118,7 @@ def measure_definitions(arguments: argparse.Namespace, store: Store, judge: Call
     for name, folder in reversed(arguments.runs.items()):
         checkpoint = checkpoints(name, folder, 1)[0]
         items[checkpoint.name] = partial(of_checkpoint, name, checkpoint, words, arguments.definition_samples)
-        weights[checkpoint.name] = checkpoint.fingerprint()
+        weights[checkpoint.name] = fingerprint(checkpoint.path)
     if arguments.source:
         items["source"] = lambda: chosen_right(words, line_prompt, judge_scorer(judge())) | {"asked": "line"}
     part.measure(items, weights)

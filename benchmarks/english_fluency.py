@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from english_models import Judge, checkpoints
+from english_models import Judge, checkpoints, fingerprint
 from english_texts import spans
 from measured import Part, Row, Store, of_task, table
 from torch import Tensor
@@ -129,7 +129,7 @@ def measure_fluency(arguments: argparse.Namespace, store: Store, judge: Callable
             items[f"{task} | {policy} | {cache}"] = partial(
                 sampled, model, tokenizer, judge, task, known, given, blank, options
             )
-    part.measure(items, dict.fromkeys((name for name in items if not name.endswith("-")), checkpoint.fingerprint()))
+    part.measure(items, dict.fromkeys((name for name in items if not name.endswith("-")), fingerprint(checkpoint.path)))
 
 
 def windows(tokenizer: Any, n: int, tokens: int) -> list[Tensor]:

@@ -29,10 +29,6 @@ class Checkpoint(NamedTuple):
     tokens: int
     """That training had seen."""
 
-    def fingerprint(self) -> str:
-        """Of its tensors."""
-        return fingerprint(self.path)
-
     def load(self) -> tuple[Any, Any]:
         return load_model(str(self.path)), load_tokenizer(str(self.path))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from system.workshop import BIN, ROOT, commands, environment, make_workshop, marked, run, typed
+from system.workshop import BIN, ROOT, SBATCH, commands, environment, make_workshop, marked, run, typed
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -81,8 +81,7 @@ def test_the_commands_of_docs_adapting(source: Path, tmp_path: Path) -> None:
     assert shown.count("Saved the model and its tokenizer to models/smollm-") == 2
     assert "Traceback" not in shown
     (cluster,) = marked(ROOT / "docs/adapting.md", "slurm")
-    sbatch = 'sbatch() { while [[ $1 == -* ]]; do shift; done; bash "$@" --dry_run; }\n'
-    assert "--continue_from_weights" in run(sbatch + cluster.text, make_workshop(tmp_path))
+    assert "--continue_from_weights" in run(SBATCH + cluster.text, make_workshop(tmp_path))
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from system.workshop import (
     ROOT,
+    SBATCH,
     Block,
     blocks,
     commands,
@@ -101,9 +102,7 @@ def test_the_commands_of_docs_sampling_run_as_they_stand(tmp_path: Path) -> None
 def test_slurm_commands_are_understood(tmp_path: Path) -> None:
     (block,) = marked(README, "slurm")
     assert block.text.count("sbatch --nodes=") == 3
-    # what sbatch does with its command line: its own options end where the script's name stands
-    sbatch = 'sbatch() { while [[ $1 == -* ]]; do shift; done; bash "$@" --dry_run; }\n'
-    shown = run(sbatch + block.text, make_workshop(tmp_path))
+    shown = run(SBATCH + block.text, make_workshop(tmp_path))
     commands_shown = [line for line in shown.splitlines() if line.startswith("command ")]
     assert len(commands_shown) == 3
     assert all("--max_length 1024" in line for line in commands_shown)

@@ -27,6 +27,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BIN = Path(sys.executable).parent
 CPU_CONFIG = "scripts/accelerate_configs/cpu.yaml"
+SBATCH = 'sbatch() { while [[ $1 == -* ]]; do shift; done; bash "$@" --dry_run; }\n'
+"""Before a bash script: what sbatch does with its command line. Its own options end where the script's name stands."""
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,8 @@ OPTIONAL_KEYS = {
 WIDTH_KEYS = ("attention.key_length", "rope.dimension_count")
 """A head's width, and how much of it turns with the position: all."""
 
-UNPACKED = {0: "F32", 1: "F16", 30: "BF16"}
-"""Number of a type -> its name."""
+UNPACKED = (0, 1, 30)
+"""Numbers of F32, F16 and BF16."""
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
