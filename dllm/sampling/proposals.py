@@ -143,7 +143,7 @@ def _reduce(chunks: Iterator[tuple[int, Tensor]], question: Question) -> Proposa
     token_N = torch.zeros(N, dtype=torch.int64, device=device)
     chosen_N = torch.full((N,), -torch.inf, device=device)  # the candidate's logit
     given_N = torch.full((N,), -torch.inf, device=device)
-    watched_Nw = torch.full((N, len(question.watched)), -torch.inf, device=device)
+    watched_wN = torch.full((len(question.watched), N), -torch.inf, device=device)
     value_N: Tensor | None = None  # the candidate's noised logit
     whole: list[Tensor] = []
     for start, logits_MC in chunks:
@@ -188,18 +188,22 @@ def _reduce(chunks: Iterator[tuple[int, Tensor]], question: Question) -> Proposa
             given_N = torch.where(inside_N, here_N, given_N)
         for w, token in enumerate(question.watched):
             if start <= token < start + C:
-                watched_Nw[:, w] = logits_NC[:, token - start]
+                watched_wN[w] = logits_NC[:, token - start]
         if "distribution" in needs:
             whole.append(logits_NC)
-    lse_N = top_N + mass_N.log()
+
+    def probability(logit_xN: Tensor) -> Tensor:
+        """exp(logit - top) / mass: by the log-sum-exp, a large logit would lose the digits that tell 1 - 1e-6 from 1."""
+        return (logit_xN - top_N).exp_() / mass_N
+
     return Proposals(
         token_N=token_N,
-        probability_N=(chosen_N - lse_N).exp(),
-        best_N=(top_N - lse_N).exp(),
-        second_N=(second_N - lse_N).exp() if "second" in needs else None,
+        probability_N=probability(chosen_N),
+        best_N=1 / mass_N,
+        second_N=probability(second_N) if "second" in needs else None,
         entropy_N=(mass_N.log() - slope_N / mass_N).clamp(min=0) if "entropy" in needs else None,
-        log_p_NV=torch.cat(whole, 1) - lse_N[:, None] if whole else None,
-        given_N=(given_N - lse_N).exp() if question.given_N is not None else None,
+        log_p_NV=torch.cat(whole, 1) - (top_N + mass_N.log())[:, None] if whole else None,
+        given_N=probability(given_N) if question.given_N is not None else None,
         gap_N=top_N - second_N if "second" in needs else None,
-        watched_N=(watched_Nw - lse_N[:, None]).exp().sum(1) if question.watched else None,
+        watched_N=probability(watched_wN).sum(0) if question.watched else None,
     )

@@ -52,6 +52,9 @@ class Written(NamedTuple):
     """(position, token, probability) of what each step wrote, from left to right."""
     growth: list[tuple[int, int] | None]
     """(position of a mask, masks put in behind it) after the commits of each step."""
+    closest: float = math.inf
+    """The least by which the last place that a step of the fixed schedule chose was surer than the next, where they were
+    not equal: below what fp32 tells apart, the other choice is as right."""
 
 
 def shares(total: int, parts: int) -> list[int]:
@@ -132,6 +135,7 @@ def sample_row(
     kept: tuple[Kept, Kept] = ({}, {})
     moved = False
     growth: list[tuple[int, int] | None] = []
+    closest = math.inf
 
     def computed_now(block: list[int], block_step: int) -> list[int]:
         return positions(
@@ -269,7 +273,11 @@ def sample_row(
             here = {place: candidate for place, candidate in candidates.items() if place in block}
             remask: list[int] = []
             if config.policy == "fixed":
-                chosen = [candidate.place for candidate in sorted(here.values())[: counts[block_step]]]
+                order, count = sorted(here.values()), counts[block_step]
+                chosen = [candidate.place for candidate in order[:count]]
+                for last, following in zip(order[count - 1 :], order[count : count + 1], strict=False):
+                    if last.last == following.last and last.doubt < following.doubt:
+                        closest = min(closest, following.doubt - last.doubt)
             else:
                 facts = policies.Row(
                     open=[place in here for place in block],
@@ -335,4 +343,4 @@ def sample_row(
                     lengthen(after, more)
                     end += more
         start, block_number = end, block_number + 1
-    return Written(x, forwards, step, commits, growth)
+    return Written(x, forwards, step, commits, growth, closest)

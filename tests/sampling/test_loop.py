@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from reference.predictor import FlatPredictor, HashPredictor, as_network, one_row
 from reference.sampler import Written, sample_row, shares
@@ -22,6 +22,8 @@ from dllm.sampling.loop import Denoised, denoise
 from dllm.sampling.rows import Request, SpecialTokens
 
 V, MASK, EOS, EOT = 10, 9, 8, 7
+FP32 = 3e-7
+"""Two probabilities that are nearer than this may have either order where they are computed in fp32."""
 whole = partial(SamplingConfig, early_stop=False)
 """Settings with which every mask is filled."""
 ids = {"mask_token_id": MASK, "eos_token_ids": [EOS], "end_token_ids": [EOS, EOT]}
@@ -99,6 +101,7 @@ runs = given(canvases, configs, st.integers(0, 1000), st.lists(seeds, min_size=4
 
 @settings(max_examples=70)
 @runs
+@example([[1] + [MASK] * 9], whole(cfg_scale=2.5), 1, [0])  # at first 4e-7 between the surest two, of large logits
 def test_equals_the_sampler_line_by_line(
     rows: list[list[int]], config: SamplingConfig, network: int, requests: list[int]
 ) -> None:
@@ -120,6 +123,7 @@ def assert_equals_the_sampler(rows: list[list[int]], config: SamplingConfig, net
     predict = HashPredictor(V, network)
     done = run(predict, rows, config, requests=requests, trace=True)
     expected = slowly(predict, rows, config, requests)
+    assume(all(row.closest > FP32 for row in expected))
     assert lists(done.canvases) == [row.ids for row in expected]
     assert done.steps == [row.steps for row in expected]
     assert done.nfe == max(row.forwards for row in expected)
@@ -155,6 +159,7 @@ def test_masks_by_place_leave_a_given_mask_token_alone(
     done = run(predict, given_rows, config, masked=[torch.tensor(row, dtype=torch.bool) for row in places])
     for row, canvas in enumerate(lists(done.canvases)):
         expected = sample_row(one_row(predict), given_rows[row], config, **ids, masked=places[row], request=row)
+        assume(expected.closest > FP32)
         assert canvas == expected.ids
         assert [t for t, write in zip(canvas, places[row], strict=True) if not write] == [
             t for t, write in rows[row] if not write

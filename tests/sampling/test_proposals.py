@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import noise
 from reference.sampler import RANK, TOKEN, guided, softmax
@@ -145,6 +145,18 @@ def test_low_precision_logits_are_scored_in_fp32(dtype: torch.dtype) -> None:
     assert probabilities.dtype == torch.float32
     torch.testing.assert_close(probabilities, logits.float().softmax(1).max(1).values)
     assert torch.equal(tokens, logits.float().argmax(1))
+
+
+@settings(max_examples=300)
+@given(int64s, st.sampled_from([-300.0, 0.0, 30.0, 300.0]))
+def test_probabilities_keep_their_last_digits_whatever_the_size_of_the_logits(seed: int, shift: float) -> None:
+    """1 - 1e-6 is not 1: the surest place is chosen by such differences."""
+    logits = 3 * some_logits(seed) + shift
+    best_N2 = logits.double().softmax(1).topk(2).values
+    found = ask(logits, 0.0, (), keys_of(0, 6), columns=3)
+    assert found.second_N is not None
+    torch.testing.assert_close(found.probability_N.double(), best_N2[:, 0], rtol=4e-7, atol=0)
+    torch.testing.assert_close(found.second_N.double(), best_N2[:, 1], rtol=4e-6, atol=0)
 
 
 def test_logits_are_left_as_they_were() -> None:

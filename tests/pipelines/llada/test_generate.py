@@ -186,7 +186,7 @@ def writes(tokens: list[str]) -> LLaDAModelLM:
     ids = [TOKENIZER.convert_tokens_to_ids(token) for token in tokens]
 
     logits_LV = torch.zeros(CONTEXT, len(TOKENIZER))
-    logits_LV[torch.arange(len(ids)), ids] = 9.0
+    logits_LV[torch.arange(len(ids)), ids] = 90.0  # its probability is 1 in fp32, with no digits left for rounding
 
     def sure(_module: object, args: Any, kwargs: dict[str, Any]) -> Any:
         position_N = kwargs["position_ids"][0][kwargs["logits_to_keep"]]
