@@ -1,10 +1,15 @@
-"""What is written to last: files and folders that are on the disk, whole, before they have their name."""
+"""What is written to last: there is room for it, and files and folders are on the disk, whole, before they have their name."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
+
+from rich.filesize import decimal
+
+from dllm.errors import OptionError
 
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EBADF)
 """What file systems answer that keep nothing back, or cannot be asked."""
@@ -27,6 +32,26 @@ def put_in_place(unfinished: Path, place: Path, old: Path | None = None) -> None
         os.replace(place, old)
     os.replace(unfinished, place)
     sync(place.parent)
+
+
+def check_room(folder: Path, needed: float, what: str, remedy: str = "or name another folder") -> None:
+    """Whether the disk of a folder has room for what is to be written there: found before any work is lost.
+
+    Args:
+        folder: it need not be there yet.
+        needed: bytes.
+        what: takes them, with its verb, such as "the weights take".
+        remedy: beside freeing space.
+
+    Raises:
+        OptionError: it has not.
+    """
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OptionError(
+            f"The disk of {folder} has {decimal(free)} free, and {what} {decimal(round(needed))}: free some space, {remedy}."
+        )
 
 
 def sync(path: Path) -> None:

@@ -64,3 +64,8 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     if close:
         return f" Did you mean {close[0]!r}?"
     return f" It can be one of: {', '.join(known)}." if known else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says in its first line, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import datasets
 import pytest
 
 from dllm.data.prepared import Manifest, write_prepared
-from dllm.disk import put_in_place
+from dllm.disk import check_room, put_in_place
+from dllm.errors import OptionError
 from dllm.pipelines.llada.tokenizer import char_tokenizer
 
 
@@ -57,3 +59,15 @@ def test_prepared_rows_are_on_the_disk_before_their_folder_has_its_name(tmp_path
     place = events.index("rows.unfinished > rows")
     assert {"prepared.json", "dataset_info.json", "tokenizer.json", "rows.unfinished"} <= {*events[:place]}
     assert events[place + 1 :] == [tmp_path.name]
+
+
+def test_a_small_disk_is_told_in_units_that_show_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_room(tmp_path / "not" / "there", 1, "it takes")
+    usage = shutil.disk_usage(tmp_path)._replace(free=1_500)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    check_room(tmp_path, 1_500, "it takes")
+    with pytest.raises(OptionError) as error:
+        check_room(tmp_path / "out", 2.5e6, "it takes")
+    assert str(error.value) == (
+        f"The disk of {tmp_path / 'out'} has 1.5 kB free, and it takes 2.5 MB: free some space, or name another folder."
+    )

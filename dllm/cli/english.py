@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.cli.options import Parser
+from dllm.disk import check_room
 from dllm.errors import CheckpointError, DllmError, MissingExtraError, OptionError
 
 if TYPE_CHECKING:
@@ -155,7 +156,9 @@ def main(argv: Sequence[str]) -> None:
             if (output / "checkpoint-final").exists():
                 console.print(f"  {output / 'checkpoint-final'} is there already")
             else:
-                check_room(adapted, [each for each in (pretrained, tuned) if not (each / "checkpoint-final").exists()])
+                check_training_room(
+                    adapted, [each for each in (pretrained, tuned) if not (each / "checkpoint-final").exists()]
+                )
                 words = [task, "--model_name_or_path", str(base), *(word for pair in options.items() for word in pair)]
                 words += ["--continue_from_weights"] if task == "pretrain" else []
                 train(words, output, overview, steps.get(task))
@@ -242,7 +245,7 @@ def adapted_from(config: Path) -> str | None:
         return None
 
 
-def check_room(adapted: Path, trainings: Sequence[Path]) -> None:
+def check_training_room(adapted: Path, trainings: Sequence[Path]) -> None:
     """Whether the disk has room for what the trainings write: found here, and not minutes later.
 
     Args:
@@ -254,12 +257,8 @@ def check_room(adapted: Path, trainings: Sequence[Path]) -> None:
     """
     weights = sum(path.stat().st_size for path in adapted.glob("*.safetensors"))
     written = sum(path.stat().st_size for output in trainings for path in output.rglob("*") if path.is_file())
-    free, needed = shutil.disk_usage(adapted).free, ROOM * len(trainings) * weights - written
-    if free < needed:
-        raise OptionError(
-            f"The disk of {adapted.parent} has {free / 1e9:.1f} GB free, and training needs {needed / 1e9:.1f} GB: free some "
-            f"space, or name another --output_dir."
-        )
+    needed = ROOM * len(trainings) * weights - written
+    check_room(adapted.parent, needed, "training needs", "or name another --output_dir")
 
 
 def train(words: list[str], output: Path, overview: Overview, steps: int | None) -> None:

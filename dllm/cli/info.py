@@ -27,6 +27,7 @@ def main(argv: Sequence[str]) -> None:
         return
 
     from rich.console import Console
+    from rich.filesize import decimal
     from rich.table import Table
 
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -39,15 +40,11 @@ def main(argv: Sequence[str]) -> None:
         table.add_row("active a token", f"{info.active_parameters:,}")
     table.add_row("of them embedding and head", f"{info.embedding_parameters:,}")
     if info.stored_bytes is not None:
-        table.add_row("stored", f"{info.dtype}, {_gigabytes(info.stored_bytes / 1e9)}")
+        table.add_row("stored", f"{info.dtype}, {decimal(info.stored_bytes)}")
     for name, (text, id_) in info.special_tokens.items():
         table.add_row(f"{name} token", f"{id_}" if text is None else f"{id_}  {text}")
     for name, size in info.memory().items():
-        table.add_row(f"memory for {name}", _gigabytes(size))
+        table.add_row(f"memory for {name}", decimal(round(size * 1e9)))
     console = Console(highlight=False)
     console.print(table, markup=False)
     console.print("Memory is that of weights, gradients and optimiser state; activations come on top.", style="dim")
-
-
-def _gigabytes(size: float) -> str:
-    return f"{size:.1f} GB" if size >= 1 else f"{size * 1000:.1f} MB"

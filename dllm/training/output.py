@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from pathlib import Path
 
+from rich.filesize import decimal
 from transformers import PreTrainedModel
 
+from dllm.disk import check_room
 from dllm.errors import OptionError
 from dllm.training.adapters import count_parameters
 from dllm.training.arguments import TrainingArguments
@@ -93,13 +94,12 @@ def check_disk(args: TrainingArguments, model: PreTrainedModel, rows: int) -> No
     there = len(list(folder.glob("checkpoint-*[0-9]")))  # a run that goes on has used their room already
     checkpoints = max(0, _checkpoints_at_once(args, rows) - there)
     needed = checkpoints * checkpoint + weights
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OptionError(
-            f"The disk of {folder} has {free / 1e9:.2f} GB free, and {checkpoints} more checkpoints of about "
-            f"{checkpoint / 1e9:.2f} GB and the final model take {needed / 1e9:.2f} GB: free some space, keep fewer "
-            f"(--save_total_limit), or name another --output_dir."
-        )
+    check_room(
+        folder,
+        needed,
+        f"{checkpoints} more checkpoints of about {decimal(checkpoint)} and the final model take",
+        "keep fewer (--save_total_limit), or name another --output_dir",
+    )
 
 
 def _checkpoints_at_once(args: TrainingArguments, rows: int) -> int:

@@ -41,7 +41,7 @@ def test_a_mixture_in_words(capfd: pytest.CaptureFixture[str]) -> None:
         "active a token": f"{info.active_parameters:,}",
     }
     assert rows(text, "stored", "of them embedding and head", "eos token") == {
-        "stored": f"float32, {4 * info.parameters / 1e6:.1f} MB",
+        "stored": f"float32, {4 * info.parameters / 1e3:.1f} kB",
         "of them embedding and head": f"{2 * 256 * 64:,}",
         "eos token": "251",
     }

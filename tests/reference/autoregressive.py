@@ -86,6 +86,7 @@ def write_gguf(
     words: PreTrainedTokenizerBase,
     kind: str = "F32",
     extra: dict[str, Any] | None = None,
+    without: str | None = None,
 ) -> Path:
     """As llama.cpp's converter writes it: its names, and in Llama's queries and keys the rotary pairs side by side.
 
@@ -95,6 +96,7 @@ def write_gguf(
         words: its tokenizer.
         kind: type of the matrices, such as Q8_0; vectors are F32.
         extra: more keys, and with a leading "tensor:" more tensors.
+        without: the name of a tensor that is left out.
     """
     import gguf
 
@@ -132,7 +134,9 @@ def write_gguf(
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             values = values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
-        _add(writer, f"{names.get_name(module)}.{suffix}", values, kind if values.ndim > 1 else "F32")
+        written = f"{names.get_name(module)}.{suffix}"
+        if written != without:
+            _add(writer, written, values, kind if values.ndim > 1 else "F32")
     for key, value in (extra or {}).items():
         if key.startswith("tensor:"):
             _add(writer, key.removeprefix("tensor:"), value, "F32")

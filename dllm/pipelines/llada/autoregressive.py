@@ -22,12 +22,13 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from dllm.errors import CheckpointError
+from dllm.errors import CheckpointError, first_line
 from dllm.pipelines.llada.adaptable import refuse_features
 from dllm.pipelines.llada.checkpoint_files import hub_folder, is_hub_id, main_dtype, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
 from dllm.pipelines.llada.gguf_files import GGUFHeader, check_gguf, gguf_config
-from dllm.pipelines.llada.loading import first_line, refuse_misfits
+from dllm.pipelines.llada.loading import refuse_misfits
+from dllm.pipelines.llada.tokenizer import no_tokenizer
 
 PUBLIC_NAMES = {
     "model.embed_tokens": "model.transformer.wte",
@@ -142,7 +143,7 @@ def read_weights(source: Source, config: PreTrainedConfig, dtype: torch.dtype | 
         dtype: of the tensors; None for the one that most are stored in, and for fp32 of a GGUF file.
 
     Raises:
-        CheckpointError: files are missing or damaged, or tensors do not fit the configuration.
+        CheckpointError: files are missing or damaged, tensors do not fit the configuration, or one holds NaN or infinity.
     """
     asked: torch.dtype | str = dtype or "float32"
     reading = source.reading
@@ -165,11 +166,14 @@ def read_weights(source: Source, config: PreTrainedConfig, dtype: torch.dtype | 
             f"plain {config.model_type} checkpoints. Is it another model's configuration?"
         )
     tied = config.tie_word_embeddings
-    return {
-        public_name(name): tensor
-        for name, tensor in model.state_dict().items()
-        if not (tied and name == "lm_head.weight")
-    }
+    weights = {name: tensor for name, tensor in model.state_dict().items() if not (tied and name == "lm_head.weight")}
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{source.name!r} holds NaN or infinity in {name}{f' as {dtype}' if dtype else ''}: no model works with that. "
+                f"Copy it again{', or take another --dtype' if dtype else ''}."
+            )
+    return {public_name(name): tensor for name, tensor in weights.items()}
 
 
 def public_name(name: str) -> str:
@@ -193,4 +197,4 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     try:
         return read(**source.reading)
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise CheckpointError(f"No tokenizer could be loaded from {source.name!r}: {first_line(error)}") from error
+        raise no_tokenizer(source.name, error) from error

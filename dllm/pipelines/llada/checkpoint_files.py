@@ -21,7 +21,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from torch import nn
 
-from dllm.disk import put_in_place
+from dllm.disk import check_room, put_in_place
 from dllm.errors import CheckpointError, OptionError
 
 HUB_OPTIONS = ("revision", "token", "cache_dir")
@@ -120,12 +120,7 @@ def written_whole(output: Path, model: nn.Module) -> Iterator[Path]:
         OptionError: it has not, or the folder cannot be written.
     """
     needed = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
-    free = shutil.disk_usage(next(folder for folder in output.absolute().parents if folder.exists())).free
-    if free < needed:
-        raise OptionError(
-            f"The disk of {output} has {free / 1e9:.2f} GB free, and the weights take {needed / 1e9:.2f} GB: free some space, or "
-            f"name another folder."
-        )
+    check_room(output, needed, "the weights take")
     partial = output.with_name(output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import re
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,9 +22,9 @@ from dllm.errors import CheckpointError, MissingExtraError
 from dllm.pipelines.llada.adaptable import BIASED, refusal
 
 ARCHITECTURES = ("llama", "qwen2")
+BLOCK_PARTS = ["attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"]
 TENSORS = re.compile(
-    r"(token_embd|output|output_norm|blk\.\d+\.(attn_norm|attn_q|attn_k|attn_v|attn_output|ffn_norm|ffn_gate|ffn_up|ffn_down))"
-    r"\.weight|blk\.\d+\.attn_[qkv]\.bias"
+    rf"(token_embd|output|output_norm|blk\.\d+\.({'|'.join(BLOCK_PARTS)}))\.weight|blk\.\d+\.attn_[qkv]\.bias"
 )
 BEYOND = {
     "rope.scaling.type": ("rotary positions of another scale", "none"),
@@ -160,7 +161,7 @@ def gguf_config(header: GGUFHeader, name: str) -> PreTrainedConfig:
         name: of the file, for errors.
 
     Raises:
-        CheckpointError: a size is missing or is none, or positions turn a part of each head.
+        CheckpointError: a size or a tensor is missing, or positions turn a part of each head.
     """
     values = {ours: header.of_model(key) for key, ours in CONFIG_KEYS.items()}
     for key, ours in CONFIG_KEYS.items():
@@ -176,7 +177,9 @@ def gguf_config(header: GGUFHeader, name: str) -> PreTrainedConfig:
         raise refusal(name, f"rotary positions on a part of each head, of width {width}", WIDTH_KEYS[1], turning)
     if header.architecture == "llama":  # elsewhere transformers' model takes no width of heads
         found["head_dim"] = turning if width is None else width
-    _, weights, _ = header.tensors.get("token_embd.weight", (0, 0, 0))
+    if missing := next((each for each in _tensors_of(header) if each not in header.tensors), None):
+        raise CheckpointError(f"{name} is damaged, or a part of a model: it has no tensor {missing}. Copy it again.")
+    _, weights, _ = header.tensors["token_embd.weight"]
     return AutoConfig.for_model(
         header.architecture,
         vocab_size=weights // values["hidden_size"],
@@ -184,6 +187,15 @@ def gguf_config(header: GGUFHeader, name: str) -> PreTrainedConfig:
         **values,
         **{key: value for key, value in found.items() if isinstance(value, int | float)},
     )
+
+
+def _tensors_of(header: GGUFHeader) -> Iterator[str]:
+    """The names of all that a model of these sizes has, but for a head of its own."""
+    yield from ("token_embd.weight", "output_norm.weight")
+    for block in range(int(header.of_model("block_count"))):
+        yield from (f"blk.{block}.{part}.weight" for part in BLOCK_PARTS)
+        if header.architecture in BIASED:
+            yield from (f"blk.{block}.attn_{part}.bias" for part in "qkv")
 
 
 def _check_types(path: Path, header: GGUFHeader) -> None:

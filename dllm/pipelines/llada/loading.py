@@ -19,7 +19,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
-from dllm.errors import CheckpointError, OptionError, did_you_mean
+from dllm.errors import CheckpointError, OptionError, did_you_mean, first_line
 from dllm.layers.adapters import SETTINGS, attach, base_of, is_adapter, merged, read_quantisation
 from dllm.pipelines.llada.adaptable import FAMILIES
 from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, is_hub_id, read_header, tensor_headers
@@ -319,8 +319,3 @@ def _number(text: str) -> bool | int | float | None:
         except ValueError:
             continue
     return None
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says in its first line, or its name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dllm.data.maps import marks_answers
-from dllm.errors import CheckpointError
+from dllm.errors import CheckpointError, first_line
 from dllm.pipelines.llada.embedded import resolve
 
 BOS, EOS, MASK = "<|startoftext|>", "<|endoftext|>", "<|mdm_mask|>"
@@ -61,10 +61,22 @@ def load_tokenizer(name_or_path: str | Path, **kwargs: Any) -> PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"No tokenizer could be loaded from {str(name_or_path)!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise no_tokenizer(name_or_path, error) from error
     return prepare_tokenizer(tokenizer, str(name_or_path))
+
+
+def no_tokenizer(name_or_path: str | Path, error: Exception) -> CheckpointError:
+    """What went wrong with a checkpoint's tokenizer, of which transformers says something else where a folder has none.
+
+    Args:
+        name_or_path: as the user wrote it.
+        error: of transformers.
+    """
+    folder = Path(resolve(name_or_path)).expanduser()
+    cause = first_line(error)
+    if folder.is_dir() and not any(any(folder.glob(files)) for files in ("tokenizer*", "vocab*", "*.gguf")):
+        cause = "the folder has no tokenizer.json or tokenizer.model. Copy the files of the model's tokenizer into it."
+    return CheckpointError(f"No tokenizer could be loaded from {str(name_or_path)!r}: {cause}")
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedTokenizerBase:

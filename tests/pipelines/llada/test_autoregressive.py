@@ -109,16 +109,30 @@ def test_weights_that_do_not_fit_are_named(plain: Path, tmp_path: Path) -> None:
         CheckpointError, match=r"1 tensors that its configuration says nothing of, such as .*q_proj\.bias"
     ):
         adapt_with({**tensors, "model.layers.0.self_attn.q_proj.bias": torch.ones(32)})
+    with pytest.raises(CheckpointError, match=r"holds NaN or infinity in model\.norm\.weight: .* Copy it again\.$"):
+        adapt_with({**tensors, norm: tensors[norm].clone().fill_(torch.nan)})
     (tmp_path / "source" / "model.safetensors").write_bytes((plain / "model.safetensors").read_bytes()[:-9])
     with pytest.raises(CheckpointError, match=r"it is cut short or damaged\. Copy it again"):
         llada.adapt(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+def test_a_weight_that_a_type_cannot_hold_is_told_before_it_is_written(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "source")
+    tensors = load_file(plain / "model.safetensors")
+    tensors["model.norm.weight"][3] = 1e5
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"in model\.norm\.weight as torch\.float16: .* or take another --dtype"):
+        llada.adapt(tmp_path / "source", tmp_path / "out", dtype="float16")
+    assert llada.adapt(tmp_path / "source", tmp_path / "out").folder == tmp_path / "out"
+
+
 def test_a_tokenizer_that_is_not_there(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     shutil.copy(plain / "config.json", tmp_path / "source")
-    with pytest.raises(CheckpointError, match="No tokenizer could be loaded from"):
+    with pytest.raises(
+        CheckpointError, match=r"No tokenizer could be loaded from '.*': the folder has no tokenizer\.json"
+    ):
         llada.adapt(tmp_path / "source", tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import sys
 from pathlib import Path
@@ -198,6 +199,15 @@ def test_a_quantisation_that_cannot_be_read_is_named(number: int, name: str, sma
         match=rf"holds output_norm\.weight in the quantisation {name}, which transformers .* cannot read",
     ):
         llada.adapt(small, small.parent / "out")
+
+
+@pytest.mark.parametrize(
+    "gone", ["token_embd.weight", "output_norm.weight", "blk.0.ffn_up.weight", "blk.1.attn_k.bias"]
+)
+def test_a_tensor_that_is_not_there_is_named(gone: str, tmp_path: Path) -> None:
+    file = autoregressive.write_gguf(tmp_path / "a.gguf", autoregressive.model("qwen2", V), WORDS, without=gone)
+    with pytest.raises(CheckpointError, match=rf"or a part of a model: it has no tensor {re.escape(gone)}"):
+        llada.adapt(file, tmp_path / "out")
 
 
 @pytest.mark.parametrize(

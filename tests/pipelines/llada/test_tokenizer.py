@@ -243,7 +243,9 @@ def test_a_folder_that_is_not_there_is_an_error(name: str) -> None:
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llada", "d_model": 64}), encoding="utf-8")
-    with pytest.raises(CheckpointError, match="No tokenizer could be loaded from"):
+    with pytest.raises(
+        CheckpointError, match=r"No tokenizer could be loaded from '.*': the folder has no tokenizer\.json"
+    ):
         llada.load_tokenizer(str(tmp_path))
 
 
