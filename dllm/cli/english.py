@@ -68,6 +68,8 @@ MINUTES = (10.0, 5.0)
 MEASURED_STEPS = 4
 ADAPTING, CHATTING = 60.0, 20.0
 """Seconds, about: of adapting on two cores, and until the first answer."""
+A_STEP = 2.0
+"""Seconds, about, on two cores: what the bar expects of a training of so many steps before it has seen any."""
 SAVING = 10.0
 """Seconds to evaluate and save at the end of a training."""
 ROOM = 1.5
@@ -124,8 +126,9 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         raise OptionError(f"--output_dir {folder} cannot be made: {error.strerror}. Name another folder.") from error
     minutes = dict(zip(("pretrain", "sft"), arguments.minutes or MINUTES, strict=True))
-    seconds = {"adapt": ADAPTING, **{name: 60 * each for name, each in minutes.items()}, "chat": CHATTING}
     steps = dict(zip(minutes, arguments.steps, strict=True)) if arguments.steps else {}
+    training = {name: A_STEP * steps[name] if steps else 60 * each for name, each in minutes.items()}
+    seconds = {"adapt": ADAPTING, **training, "chat": CHATTING}
     check_source(adapted, arguments.source)
     check_packages(arguments.source or PACKAGE)
     for output, asked in ((pretrained, steps.get("pretrain")), (tuned, steps.get("sft"))):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
 import subprocess
-import termios
 import time
 from pathlib import Path
 
@@ -20,22 +17,7 @@ pytestmark = pytest.mark.system
 
 def seen(*words: str, cwd: Path) -> list[str]:
     """All that a command writes to a terminal of 100 columns, each redrawn line by itself, without colours."""
-    here, there = pty.openpty()
-    termios.tcsetwinsize(there, (40, 100))
-    env = {**environment(), "TERM": "xterm"}
-    with subprocess.Popen(
-        [str(BIN / "dllm"), *words], cwd=cwd, env=env, stdin=there, stdout=there, stderr=there
-    ) as run:
-        os.close(there)
-        written = b""
-        try:
-            while block := os.read(here, 65536):
-                written += block
-        except OSError:  # how Linux says that the other end is closed
-            pass
-    os.close(here)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
-    assert run.returncode == 0, text
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", typed(words=list(words), cwd=cwd))
     return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
