@@ -65,7 +65,11 @@ def add_run_options(parser: ArgumentParser) -> None:
 
 def add_model_options(parser: ArgumentParser) -> None:
     """How a model is loaded."""
-    parser.add_argument("--dtype", default="auto", help="of the weights: auto, float32, bfloat16, float16")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="of the weights: float32, bfloat16, float16; auto is what they are stored in, or float32 on a CPU without bfloat16",
+    )
     parser.add_argument("--device", help="cuda, mps or cpu; by default the first that is there")
     parser.add_argument(
         "--compile",
@@ -82,13 +86,14 @@ def load(arguments: Namespace) -> tuple[Any, Any]:
     """
     from transformers.utils import logging
 
-    from dllm.pipelines.llada.loading import best_device, compile_blocks, load_model
+    from dllm.pipelines.llada.loading import best_device, compile_blocks, load_model, to_device
     from dllm.pipelines.llada.tokenizer import load_tokenizer
 
     if not sys.stderr.isatty() or arguments.model_name_or_path == EMBEDDED:
         logging.disable_progress_bar()
     device = _device(arguments.device) if arguments.device else best_device()
-    model = load_model(arguments.model_name_or_path, dtype=arguments.dtype).to(device)
+    model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
+    model = to_device(model, device) if arguments.dtype == "auto" else model.to(device)
     return compile_blocks(model) if arguments.compile else model, load_tokenizer(arguments.model_name_or_path)
 
 

@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from dllm.diffusion.objective import check_normalisation
 from dllm.errors import MissingExtraError, OptionError, did_you_mean
+from dllm.layers.processors import bf16_is_fast
 from dllm.training.adapters import AdapterArguments
 from dllm.training.described import described as _help
 
@@ -276,11 +277,3 @@ def trackers(named: str | Sequence[str]) -> list[str]:
         if name in ("tensorboard", "trackio", "wandb") and find_spec(name) is None:
             raise MissingExtraError(name, "tracking" if name == "tensorboard" else name, f"--report_to {name}")
     return names
-
-
-def bf16_is_fast(cpu: bool) -> bool:
-    """Whether the processor multiplies bf16 matrices faster than fp32 ones."""
-    if not cpu:
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(bool(probe()) for probe in probes if probe is not None)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dllm.errors import OptionError
-from dllm.training.arguments import bf16_is_fast
+from dllm.layers.processors import bf16_is_fast
 
 if hasattr(torch.optim, "Muon"):
 

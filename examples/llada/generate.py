@@ -24,7 +24,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     options = given_settings(arguments, SamplingConfig)
 
-    model = llada.load_model(arguments.model_name_or_path, dtype="auto").to(llada.best_device())
+    model = llada.to_device(llada.load_model(arguments.model_name_or_path, dtype="auto"))
     tokenizer = llada.load_tokenizer(arguments.model_name_or_path)
     mask = tokenizer.mask_token
 

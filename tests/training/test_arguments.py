@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from dllm.errors import OptionError
+from dllm.layers.processors import bf16_is_fast
 from dllm.training.adapters import AdapterArguments
-from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments, bf16_is_fast
+from dllm.training.arguments import DataArguments, ModelArguments, TrainingArguments
 
 
 def arguments(tmp_path: Path, **options: Any) -> TrainingArguments:

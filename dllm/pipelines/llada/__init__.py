@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from dllm.pipelines.llada.adaptation import adapt
 from dllm.pipelines.llada.engine import Engine
 from dllm.pipelines.llada.generate import generate, infill, infilling
-from dllm.pipelines.llada.loading import best_device, compile_blocks, fresh_model, load_model
+from dllm.pipelines.llada.loading import best_device, compile_blocks, fresh_model, load_model, to_device
 from dllm.pipelines.llada.models.configuration_llada import LLaDAConfig
 from dllm.pipelines.llada.models.configuration_lladamoe import LLaDAMoEConfig
 from dllm.pipelines.llada.models.modeling_llada import LLaDAModel, LLaDAModelLM
@@ -54,6 +54,7 @@ __all__ = [
     "load_tokenizer",
     "pretrain",
     "sft",
+    "to_device",
 ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import (
@@ -21,6 +22,7 @@ from transformers.utils import cached_file
 
 from dllm.errors import CheckpointError, OptionError, did_you_mean, first_line
 from dllm.layers.adapters import SETTINGS, attach, base_of, is_adapter, merged, read_quantisation
+from dllm.layers.processors import bf16_is_fast
 from dllm.pipelines.llada.adaptable import FAMILIES
 from dllm.pipelines.llada.checkpoint_files import HUB_OPTIONS, hub_folder, is_hub_id, read_header, tensor_headers
 from dllm.pipelines.llada.embedded import resolve
@@ -38,6 +40,28 @@ def best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def to_device(model: PreTrainedModel, device: torch.device | None = None) -> PreTrainedModel:
+    """Moves a model to a device, to be sampled from there in a dtype that the device is fast in.
+
+    On a CPU that has no bf16 products, where imitated ones take 4 times as long as those of fp32, weights in bf16 or fp16 become
+    fp32; not those of a quantised model, nor where memory is short for twice their size.
+
+    Args:
+        model: of `load_model`.
+        device: by default that of `best_device`.
+
+    Returns:
+        The model itself.
+    """
+    device = device or best_device()
+    half = model.dtype in (torch.bfloat16, torch.float16) and not getattr(model, "is_quantized", False)
+    if device.type == "cpu" and half and not bf16_is_fast(cpu=True):
+        more = 2 * sum(parameter.numel() for parameter in model.parameters())
+        if more < psutil.virtual_memory().available:
+            model = model.float()
+    return model.to(device)
 
 
 def load_model(name_or_path: str | Path, *, keep_adapter: bool = False, **kwargs: Any) -> PreTrainedModel:

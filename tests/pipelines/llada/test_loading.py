@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dllm.errors import CheckpointError, OptionError
 from dllm.pipelines import llada
-from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM
+from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM, loading
 from dllm.pipelines.llada.loading import load_config
 from dllm.pipelines.llada.tokenizer import char_tokenizer
 
@@ -281,3 +282,25 @@ def test_a_fresh_model_takes_the_vocabulary_of_a_tokenizer_that_does_not_fit(che
     assert (other.vocab_size, other.embedding_size, other.mask_token_id) == (len(TOKENIZER), len(TOKENIZER), 2)
     padded = fresh(rewrite(checkpoint, vocab_size=100, embedding_size=128, mask_token_id=2))
     assert (padded.vocab_size, padded.embedding_size, padded.mask_token_id) == (100, 128, 2)
+
+
+@pytest.mark.parametrize(
+    ("stored", "fast", "memory", "becomes"),
+    [
+        (torch.bfloat16, False, 1 << 40, torch.float32),
+        (torch.float16, False, 1 << 40, torch.float32),
+        (torch.bfloat16, True, 1 << 40, torch.bfloat16),
+        (torch.bfloat16, False, 1000, torch.bfloat16),
+        (torch.float32, True, 1 << 40, torch.float32),
+        (torch.float64, False, 1 << 40, torch.float64),
+    ],
+)
+def test_half_precision_is_widened_where_the_processor_only_imitates_it(
+    stored: torch.dtype, fast: bool, memory: int, becomes: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "bf16_is_fast", lambda cpu: fast)
+    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    model = llada.load_model("builtin:sudoku9", dtype=stored)
+    moved = llada.to_device(model, torch.device("cpu"))
+    assert moved is model
+    assert {parameter.dtype for parameter in moved.parameters()} == {becomes}

@@ -15,6 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from dllm.data.sudoku import puzzles
 from dllm.evaluation.sudoku import score
 from dllm.pipelines import llada
+from dllm.pipelines.llada import loading
 
 MODEL = "builtin:sudoku9"
 PUZZLE = "53..7....6..195....98....6.8...6...34..8.3..17...2...6.6....28....419..5....8..79"
@@ -41,13 +42,13 @@ def ids_and_logits() -> tuple[Tensor, Tensor]:
         return ids, llada.load_model(MODEL, dtype=torch.float32)(ids).logits
 
 
-def quantised(bits: int) -> PreTrainedModel:
+def quantised(bits: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     if bits == 4:
         kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
         config = BitsAndBytesConfig(load_in_4bit=True, **kind)
     else:
         config = BitsAndBytesConfig(load_in_8bit=True)
-    return llada.load_model(MODEL, quantization_config=config, dtype=torch.float32)
+    return llada.load_model(MODEL, quantization_config=config, dtype=dtype)
 
 
 # NF4 rounds weights to 16 levels; the 8-bit product rounds a row's activations to 256 levels too, and eight blocks add it up
@@ -67,3 +68,13 @@ def test_quantised_blocks_stay_near(bits: int, bound: float) -> None:
     assert (logits - expected).norm() < bound * expected.norm()
     unseen = [puzzle for puzzle, _ in puzzles(9, "test", 10, clues=(36, 50))]
     assert score(model, llada.load_tokenizer(MODEL), unseen, tokens_per_forward=4).exact >= 0.9
+
+
+def test_what_was_left_in_bf16_stays_so_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(loading, "bf16_is_fast", lambda cpu: False)
+    model = quantised(4, torch.bfloat16)
+    before = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    assert set(before.values()) == {torch.uint8, torch.bfloat16}
+    moved = llada.to_device(model, torch.device("cpu"))
+    assert {name: parameter.dtype for name, parameter in moved.named_parameters()} == before
