@@ -89,7 +89,7 @@ def load(arguments: Namespace) -> tuple[Any, Any]:
     from dllm.pipelines.llada.loading import best_device, compile_blocks, load_model, to_device
     from dllm.pipelines.llada.tokenizer import load_tokenizer
 
-    if not sys.stderr.isatty() or arguments.model_name_or_path == EMBEDDED:
+    if not sys.stderr.isatty() or arguments.model_name_or_path == EMBEDDED or getattr(arguments, "quiet", False):
         logging.disable_progress_bar()
     device = _device(arguments.device) if arguments.device else best_device()
     model = load_model(arguments.model_name_or_path, dtype=arguments.dtype)
@@ -141,7 +141,7 @@ def run(
     if arguments.json and arguments.output is not None:
         raise OptionError("--output writes into a file what --json prints: keep one.")
     for request in requests:
-        _try(request, kind.check)
+        _try(request, kind.check, len(requests))
     if arguments.trace is not None:
         from dllm.evaluation.replay import check_trace_path
 
@@ -165,15 +165,17 @@ def run(
     return 1 if errors else 0
 
 
-def _try(request: Request, act: Callable[[Request], Any]) -> Any:
-    """Does something with a request that may turn out to be bad; in a file such a one fails alone."""
+def _try(request: Request, act: Callable[[Request], Any], of: int) -> Any:
+    """Does something with one of so many requests that may turn out to be bad; in a file such a one fails alone."""
     if request.error is not None:
         return None
     try:
         return act(request)
     except DllmError as error:
         if not request.from_file:
-            raise
+            if of == 1:
+                raise
+            raise OptionError(f"Prompt {request.row + 1} of {of}: {error}") from error
         request.error = str(error)
         return None
 
@@ -200,9 +202,9 @@ class _Run:
         from dllm.pipelines.llada.engine import Engine
         from dllm.sampling.config import SamplingConfig
 
-        prepared = {request.row: _try(request, task.prepare) for request in requests}
+        prepared = {request.row: _try(request, task.prepare, len(requests)) for request in requests}
         config = SamplingConfig.from_options(**task.options)
-        live = self.live and (len(requests) == 1 or task.seconds > 0)
+        live = self.live and len(requests) == 1
         rows = config.branches * (1 if live else self.arguments.batch_size)
         good = [one for one in prepared.values() if one is not None]
         with (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -44,7 +45,8 @@ def statistics(answer: Answer, config: SamplingConfig) -> dict[str, Any]:
 class AnswerFile:
     """A file of JSON lines that grows as rows finish. Use it as a context manager.
 
-    What is there already is kept: its rows are in `done`, and a half line at its end, left by a run that was killed, is dropped.
+    What is there already is kept: its rows are in `done`. A half line at its end, left by a run that was killed, is dropped, and
+    so are rows that hold an error: they are tried again, and come where they belong once the run is through.
     Beside it lies FILE.settings.json, with what the answers depend on.
 
     Args:
@@ -67,6 +69,7 @@ class AnswerFile:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.records = self._read(requests)
+            self._drop_errors()
         except BlockingIOError as error:
             self.file.close()
             raise OptionError(f"--output {path}: another run is writing to it.") from error
@@ -74,7 +77,7 @@ class AnswerFile:
             self.file.close()
             raise
         self.done = {int(record["row"]) for record in self.records}
-        self.errors = sum("error" in record for record in self.records)
+        self.errors = 0
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -82,13 +85,61 @@ class AnswerFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.file.close()
+        if kind is None:
+            self._sort()
+        with suppress(OSError):  # what a full disk did not take was told when it was written
+            self.file.close()
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Adds a row."""
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        """Adds a row.
+
+        Raises:
+            OptionError: it cannot be written, such as for want of room; what was written before stays.
+        """
+        try:
+            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise OptionError(
+                f"--output {self.path} cannot be written any more: {error.strerror}. What it holds is kept: free some space, and "
+                f"the same command goes on."
+            ) from error
         self.errors += "error" in record
+
+    def _drop_errors(self) -> None:
+        """Leaves the answers alone in the file."""
+        answers = [record for record in self.records if "error" not in record]
+        if len(answers) < len(self.records):
+            try:
+                self._replace(json.dumps(record).encode() + b"\n" for record in answers)
+            except OSError as error:
+                raise OptionError(f"--output {self.path} cannot be written: {error.strerror}.") from error
+            self.records = answers
+
+    def _sort(self) -> None:
+        """Puts rows that were tried again where they belong."""
+        self.file.seek(0)
+        rows = [(int(json.loads(line)["row"]), line) for line in self.file]
+        if rows != (ordered := sorted(rows, key=lambda row: row[0])):
+            with suppress(OSError):  # for want of room they stay behind the others
+                self._replace(line for _, line in ordered)
+
+    def _replace(self, lines: Iterable[bytes]) -> None:
+        """Writes the file anew beside it, and gives that its name: a run that is killed leaves the one or the other."""
+        unfinished = self.path.with_name(self.path.name + ".unfinished")
+        file = unfinished.open("w+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.writelines(lines)
+            file.flush()
+            put_in_place(unfinished, self.path)
+        except OSError:
+            with suppress(OSError):
+                file.close()
+            unfinished.unlink(missing_ok=True)
+            raise
+        self.file.close()
+        self.file = file
 
     def _read(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
         self.file.seek(0)
@@ -103,13 +154,16 @@ class AnswerFile:
                 request = requests[record["row"]]
             except (ValueError, TypeError, KeyError):  # not JSON, not an object, or of no row
                 raise OptionError(
-                    f"--output {self.path}: line {number} is no answer. Name another file, or delete that one."
+                    f"--output {self.path}: line {number} is no answer. Delete that line, or name another file."
                 ) from None
             except IndexError:
                 raise OptionError(
                     f"--output {self.path}: line {number} answers row {record['row']}, and there are {len(requests)} prompts: "
                     f"these are other prompts. Name another file."
                 ) from None
+            if "error" in record:  # a line that has been mended since is another one
+                records.append(record)
+                continue
             given = {key: value for key, value in record.items() if key not in ANSWER_KEYS}
             # as texts: NaN, which some files hold, does not equal itself
             if json.dumps(given, sort_keys=True) != json.dumps(request.given, sort_keys=True):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -28,6 +30,10 @@ ANSWER_KEYS = (
     "error",
 )
 """What an answer's record adds to the keys of its request."""
+
+
+_UNDECODED = re.compile("[\udc80-\udcff]")
+"""What stands for a byte that is not UTF-8."""
 
 
 @dataclass
@@ -78,10 +84,7 @@ def read_requests(words: Sequence[str], path: Path | None, form: str = "auto") -
         if form != "auto":
             raise OptionError("--prompts_format says how --prompts_file is read: give one, or - for standard input.")
         return requests
-    try:
-        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"--prompts_file {path} cannot be read: {error}") from error
+    text = _read(path).removeprefix("\ufeff")  # how Windows marks UTF-8
     json_lines = form == "jsonl" or (form == "auto" and path.suffix in (".jsonl", ".ndjson"))
     # not splitlines(), which also breaks at characters that may stand inside a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
@@ -89,10 +92,26 @@ def read_requests(words: Sequence[str], path: Path | None, form: str = "auto") -
         if not line.strip():
             continue
         row = len(requests)
+        if _UNDECODED.search(line):
+            shown = line.encode(errors="surrogateescape").decode(errors="replace")[:200]
+            requests.append(Request(row, {"line": shown}, f"line {number}: this is not UTF-8.", True))
+            continue
         requests.append(_of_json(row, line, number) if json_lines else Request(row, {"prompt": line}, None, True))
     if len(requests) == len(words):
         raise OptionError(f"--prompts_file {path} holds no prompt.")
     return requests
+
+
+def _read(path: Path) -> str:
+    """A file's text, or standard input's where it is "-"; each byte that is not UTF-8 is a lone surrogate."""
+    try:
+        if str(path) != "-":
+            return path.read_text(encoding="utf-8", errors="surrogateescape")
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+        return sys.stdin.read()
+    except OSError as error:
+        raise OptionError(f"--prompts_file {path} cannot be read: {error}") from error
 
 
 def _of_json(row: int, line: str, number: int) -> Request:

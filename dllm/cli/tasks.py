@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dllm.cli.requests import Request
 from dllm.errors import OptionError
-from dllm.sampling.blanks import expand_blanks
+from dllm.sampling.blanks import brings_spaces, expand_blanks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -132,7 +132,7 @@ class Puzzles(Task):
         if len(puzzle) != 81:
             raise DataError(
                 f"{puzzle[:90]!r} has {len(puzzle)} characters: the model that ships inside solves 9x9 sudoku, 81 characters in "
-                f"row order with . for blanks. To continue text, name a model with --model_name_or_path."
+                f"row order with . for blanks. To continue text, name another model with --model_name_or_path."
             )
         if not solve(puzzle, limit=1):
             raise DataError(f"The puzzle {puzzle} has no solution.")
@@ -227,10 +227,11 @@ class Blanks(Task):
         prompt: Any = request.prompt
         if not isinstance(prompt, str):
             _check_template(self.tokenizer, raw=False)
-            turns = [{**turn, "content": expand_blanks(turn["content"], self.mask)} for turn in prompt]
+            take = brings_spaces(self.tokenizer)
+            turns = [{**turn, "content": expand_blanks(turn["content"], self.mask, take_space=take)} for turn in prompt]
             text = _templated(lambda: str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
         else:
-            text = expand_blanks(prompt, self.mask)
+            text = prompt
         config = SamplingConfig.from_options(**self.options, early_stop=False)
         asked = infilling_request(self.model, self.tokenizer, text, config, what="The text")
         masks = int(asked.masked.sum())
@@ -283,7 +284,9 @@ def refuse_lengths(options: Mapping[str, Any]) -> None:
     """
     for name in ("gen_length", "early_stop", "length_policy", "early_answer"):
         if options.get(name, "none") not in ("fixed", "none"):
-            raise OptionError(f"--{name} has no meaning here: the blanks say where to write; leave it out.")
+            raise OptionError(
+                f"--{name} has no meaning for puzzles and texts with blanks, which are filled whole: leave it out."
+            )
 
 
 def _texts(request: Request) -> list[str]:

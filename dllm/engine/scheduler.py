@@ -112,8 +112,8 @@ class Scheduler:
         needs = self._room([ticket], None).bytes
         if needs > self.max_bytes:
             raise OptionError(
-                f"A row of {request.most_positions} positions needs {needs / 2**20:.2f} MiB, and the engine has "
-                f"{self.max_bytes / 2**20:.2f}: shorten the prompt or gen_length, or give the engine more memory_gb."
+                f"A row of {request.most_positions} positions needs {needs / 2**20:.2f} MiB, and there are "
+                f"{self.max_bytes / 2**20:.2f} MiB for all rows: shorten the prompt or gen_length, or allow more with memory_gb."
             )
         with self._lock:
             if self._closed:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dllm.disk import put_in_place
 from dllm.errors import MissingExtraError, OptionError, did_you_mean
 from dllm.sampling.pieces import TokenPieces
 
@@ -52,13 +54,17 @@ def check_trace_path(path: Path, rows: int) -> None:
     """Whether a trace of so many rows can be written there; to be asked before the run.
 
     Raises:
-        OptionError: another suffix, several rows for a GIF, or a folder that is not there.
+        OptionError: another suffix, several rows for a GIF, or a folder that is not there or cannot be written to.
         MissingExtraError: a GIF without pillow.
     """
     if path.suffix not in SUFFIXES:
         raise OptionError(f"A trace cannot be written to {path}.{did_you_mean(path.suffix or path.name, SUFFIXES)}")
     if not path.parent.is_dir() or path.is_dir():
         raise OptionError(f"A trace cannot be written to {path}: its folder has to exist, and it is a file.")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OptionError(f"A trace cannot be written to {path}: {error.strerror}.") from error
     if path.suffix == ".gif":
         if rows > 1:
             raise OptionError(f"A GIF shows one row, and there are {rows}: give one, or write the trace as .html.")
@@ -88,7 +94,7 @@ def save_trace(
         The path.
 
     Raises:
-        OptionError: see `check_trace_path`; or as many titles as there are rows were not given.
+        OptionError: see `check_trace_path`; the disk is full; or as many titles as there are rows were not given.
         MissingExtraError: a GIF without pillow.
     """
     path = Path(path)
@@ -96,17 +102,31 @@ def save_trace(
     names = [f"row {row}" for row in range(len(trace.start))] if titles is None else list(titles)
     if len(names) != len(trace.start):
         raise OptionError(f"{len(names)} titles were given for {len(trace.start)} rows: give one a row.")
+    unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+    try:
+        _write_trace(trace, tokenizer, unfinished, names, columns)
+        put_in_place(unfinished, path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise OptionError(
+            f"The trace cannot be written to {path}: {error.strerror}. Free some space, or name another file."
+        ) from error
+    return path
+
+
+def _write_trace(
+    trace: Trace, tokenizer: PreTrainedTokenizerBase, path: Path, names: Sequence[str], columns: int | None
+) -> None:
     if path.suffix == ".json":
-        about = {"mask_token_id": tokenizer.mask_token_id, "titles": names}
+        about = {"mask_token_id": tokenizer.mask_token_id, "titles": list(names)}
         path.write_text(json.dumps(trace.to_json() | about) + "\n", encoding="utf-8")
-        return path
+        return
     trace = trace.stretched()
     if path.suffix == ".html":
         rows = [replay_row(trace, tokenizer, row, title) for row, title in enumerate(names)]
         path.write_text(replay_page(rows, list(tokenizer.all_special_ids), columns), encoding="utf-8")
     else:
         save_gif(replay_row(trace, tokenizer, 0, names[0], skip_special_tokens=True), path, columns)
-    return path
 
 
 def replay_row(

@@ -161,22 +161,24 @@ def test_on_a_terminal_the_grid_fills_step_by_step(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([""], r"'' has 0 characters: .* solves 9x9 sudoku, 81 characters .* name a model with --model_name_or_path"),
+        (
+            [""],
+            r"'' has 0 characters: .* solves 9x9 sudoku, 81 characters .* name another model with --model_name_or_path",
+        ),
         ([PUZZLE[:-1]], "has 80 characters"),
         (["Why is the sky blue?"], "'Why is the sky blue\\?' has 20 characters"),
         ([PUZZLE.replace("5", "x")], "'x'"),
         (["5" + PUZZLE[1:9].replace("3", "5") + PUZZLE[9:]], "5"),
         (["12345678." + "." * 8 + "9" + "." * 63], "has no solution"),
         ([EASY, PUZZLE + "1"], "has 82 characters"),
-        ([PUZZLE, "--gen_length", "9"], "--gen_length has no meaning here: the blanks say where to write"),
-        ([PUZZLE, "--max_new_tokens", "9"], "--gen_length has no meaning here: the blanks say where to write"),
+        ([PUZZLE, "--gen_length", "9"], "--gen_length has no meaning for puzzles and texts with blanks"),
+        ([PUZZLE, "--max_new_tokens", "9"], "--gen_length has no meaning for puzzles and texts with blanks"),
         ([PUZZLE, "--temperature", "-1"], "temperature=-1.0: it is 0 or more"),
         ([PUZZLE, "--steps", "0"], "steps=0: it is a whole number, at least 1"),
         ([PUZZLE, "--batch_size", "0"], "--batch_size 0: it is at least 1"),
         ([PUZZLE, "--memory_gb", "-1"], "--memory_gb -1.0: it is a number above 0"),
         (["--prompts_file", "absent.txt"], "--prompts_file absent.txt cannot be read: .*No such file"),
         (["--prompts_file", "empty.txt"], "--prompts_file empty.txt holds no prompt"),
-        (["--prompts_file", "latin.txt"], "--prompts_file latin.txt cannot be read: .*utf-8"),
         (["--prompts_file", "."], "--prompts_file . cannot be read: .*directory"),
         (["--prompts_file", "-"], "--prompts_file - holds no prompt"),
         (["--model_name_or_path", "here"], "Give a prompt, or --prompts_file FILE"),
@@ -196,7 +198,6 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n \n"))
     (tmp_path / "empty.txt").write_text("\n\n")
-    (tmp_path / "latin.txt").write_bytes("où".encode("latin-1"))
     assert main(["generate", *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -432,7 +433,8 @@ def test_a_prompt_that_is_done_makes_room_for_the_next(
     capsys.readouterr()
     assert main([*run, "--json", "--memory_gb", "1e-9"]) == 1
     assert all(
-        "the engine has 0.00: shorten" in json.loads(row)["error"] for row in capsys.readouterr().out.splitlines()
+        "there are 0.00 MiB for all rows: shorten" in json.loads(row)["error"]
+        for row in capsys.readouterr().out.splitlines()
     )
 
 
@@ -464,16 +466,12 @@ def test_on_standard_output_and_for_people_a_bad_prompt_is_told_too(
 
 
 @pytest.mark.parametrize("kept", [0, 1, 3, 6])
-def test_the_same_command_goes_on_where_it_was_cut(
-    kept: int, model: str, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_same_command_goes_on_where_it_was_cut(kept: int, model: str, prompts: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     for output in (whole, cut):
         main(run_of(model, prompts, "--output", str(output), "--batch_size", "2"))
     content = cut.read_bytes().splitlines(keepends=True)
     cut.write_bytes(b"".join(content[:kept]) + (content[kept][:20] if kept < 6 else b""))
-    if kept == 6:  # nothing is left: no model is needed
-        monkeypatch.setattr(batches, "load", lambda arguments: pytest.fail("the model was loaded"))
     assert main(run_of(model, prompts, "--output", str(cut), "--batch_size", "3")) == 1
 
     def without_seconds(path: Path) -> list[dict[str, Any]]:
@@ -481,6 +479,25 @@ def test_the_same_command_goes_on_where_it_was_cut(
 
     assert without_seconds(cut) == without_seconds(whole)
     assert cut.read_bytes().startswith(b"".join(content[:kept]))
+
+
+def test_where_all_is_answered_no_model_is_loaded(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "p.txt").write_text("the sky\n\nwhy?\n")
+    run = run_of(model, tmp_path / "p.txt", "--output", str(tmp_path / "a.jsonl"))
+    assert main(run) == 0
+    before = (tmp_path / "a.jsonl").read_bytes()
+    monkeypatch.setattr(batches, "load", lambda arguments: pytest.fail("the model was loaded"))
+    assert main(run) == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+
+
+def test_what_had_no_memory_is_tried_again_with_more(model: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("the sky\nwhy?\n")
+    run = run_of(model, tmp_path / "p.txt", "--output", str(tmp_path / "a.jsonl"))
+    assert main([*run, "--memory_gb", "1e-9"]) == 1
+    assert all("allow more with memory_gb" in row["error"] for row in lines(tmp_path / "a.jsonl"))
+    assert main(run) == 0
+    assert [(row["row"], "error" in row) for row in lines(tmp_path / "a.jsonl")] == [(0, False), (1, False)]
 
 
 def test_other_settings_do_not_go_into_the_same_file(

@@ -18,8 +18,8 @@ from dllm.cli import batches
 from dllm.cli.main import main
 from dllm.errors import OptionError
 from dllm.pipelines.llada import infilling, load_model, load_tokenizer
-from dllm.pipelines.llada.tokenizer import MASK
-from dllm.sampling.blanks import expand_blanks
+from dllm.pipelines.llada.tokenizer import MASK, bpe_tokenizer, char_tokenizer
+from dllm.sampling.blanks import brings_spaces, expand_blanks
 
 TEXTS = ["the sea is grey and the sky is wide", "why is the sky blue?"]
 BLANKS = "the [MASK:3] is grey and the [MASK:2]."
@@ -137,9 +137,9 @@ def test_a_text_without_a_blank_fails_alone_in_a_file_and_ends_the_command_as_a_
     ("arguments", "message"),
     [
         ([], "Give a text with blanks"),
-        (["a [MASK:1]", "--gen_length", "3"], "--gen_length has no meaning here: the blanks say where to write"),
-        (["a [MASK:1]", "--no-early_stop"], "--early_stop has no meaning here: the blanks say where to write"),
-        (["a [MASK:1]", "--max_tokens", "3"], "--gen_length has no meaning here"),
+        (["a [MASK:1]", "--gen_length", "3"], "--gen_length has no meaning for puzzles and texts with blanks"),
+        (["a [MASK:1]", "--no-early_stop"], "--early_stop has no meaning for puzzles and texts with blanks"),
+        (["a [MASK:1]", "--max_tokens", "3"], "--gen_length has no meaning for puzzles and texts with blanks"),
         (["a [mask:1]"], r"Did you mean '\[MASK:3\]'"),
         (["a [MASK:1]", "--raw"], "There is no option '--raw'"),
         (["a [MASK:1]", "--output", "nowhere/a.jsonl"], "cannot be written"),
@@ -187,3 +187,22 @@ def test_on_a_terminal_one_text_fills_up_and_its_spans_stand_out(
     assert "the ··· is grey and the ··." in plain
     for span in row["spans"]:
         assert f"\x1b[32m{span}\x1b[0m" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It was [MASK:2] and [MASK:1].", "It was<m><m> and<m>."),
+        ("It was[MASK:1]  [MASK:1] end", "It was<m> <m> end"),
+        ("[MASK:1] [MASK:2]", "<m> <m><m>"),  # a space between two blanks keeps them apart
+        (" [MASK:1]\n[MASK:1]", "<m>\n<m>"),
+        ("a <m> b", "a <m> b"),
+    ],
+)
+def test_the_space_before_a_blank_belongs_to_it_where_words_bring_theirs(text: str, expected: str) -> None:
+    assert expand_blanks(text, "<m>", take_space=True) == expected
+
+
+def test_words_of_byte_level_bpe_bring_their_space_and_characters_do_not() -> None:
+    assert brings_spaces(bpe_tokenizer(["the sky is blue and a bird sings"] * 50, 300))
+    assert not brings_spaces(char_tokenizer())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 from pathlib import Path
@@ -62,23 +64,56 @@ def test_whatever_is_cut_off_a_later_run_goes_on_with_the_whole_lines(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("cut") / "answers.jsonl"
-    write(path, 2, 0, 3)
+    write(path, 0, 2, 3)
     content = path.read_bytes()
     cut = data.draw(st.integers(0, len(content)))
     path.write_bytes(content[:cut])
     answers = write(path)
     whole = content[:cut].count(b"\n")
-    assert answers.done == {*[2, 0, 3][:whole]}
-    write(path, *[2, 0, 3][whole:], 1)
-    assert path.read_bytes() == content + json.dumps(record(1)).encode() + b"\n"
+    assert answers.done == {*[0, 2, 3][:whole]}
+    write(path, *[0, 2, 3][whole:], 1)  # one that comes late takes its place in the end
+    first, *others = content.splitlines(keepends=True)
+    assert path.read_bytes() == b"".join([first, json.dumps(record(1)).encode() + b"\n", *others])
 
 
-def test_errors_are_counted_also_those_of_earlier_runs(tmp_path: Path) -> None:
-    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS) as answers:
+def test_rows_with_an_error_are_tried_again_and_come_where_they_belong(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with AnswerFile(path, SETTINGS, REQUESTS) as answers:
+        answers.write(record(0))
         answers.write({"row": 1, **REQUESTS[1].given, "error": "too long"})
+        answers.write(record(2))
         assert answers.errors == 1
-    again = write(tmp_path / "a.jsonl", 0)
-    assert (again.errors, again.done) == (1, {1})
+    mended = [REQUESTS[0], Request(1, {"prompt": "shorter"}), *REQUESTS[2:]]
+    with AnswerFile(path, SETTINGS, mended) as answers:
+        assert (answers.errors, answers.done) == (0, {0, 2})
+        assert [json.loads(line)["row"] for line in path.read_bytes().splitlines()] == [0, 2]
+        with pytest.raises(
+            OptionError, match="another run is writing to it"
+        ):  # the file that took its place is held too
+            AnswerFile(path, SETTINGS, mended)
+        answers.write({"row": 1, "prompt": "shorter", "text": "b"})
+    assert [json.loads(line)["row"] for line in path.read_bytes().splitlines()] == [0, 1, 2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.settings.json"]
+
+
+class Full(io.BytesIO):
+    """A file of a full disk."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS) as answers:
+        answers.write(record(0))
+        real, answers.file = answers.file, Full()  # type: ignore[assignment]
+        with pytest.raises(
+            OptionError,
+            match=r"a\.jsonl cannot be written any more: No space left on device\. .* the same command goes on",
+        ):
+            answers.write(record(1))
+        answers.file = real
+    assert write(tmp_path / "a.jsonl", 1).done == {0}
 
 
 def test_keys_that_are_carried_over_may_hold_what_equals_nothing(tmp_path: Path) -> None:
@@ -144,7 +179,7 @@ def test_a_file_of_something_else_is_an_error(line: bytes, tmp_path: Path) -> No
     ):
         write(path)
     write(tmp_path / "other.jsonl").beside.rename(tmp_path / "a.jsonl.settings.json")
-    with pytest.raises(OptionError, match=r"line 1 is no answer\. Name another file, or delete that one"):
+    with pytest.raises(OptionError, match=r"line 1 is no answer\. Delete that line, or name another file"):
         write(path)
     assert path.read_bytes() == line
 

@@ -125,7 +125,6 @@ def test_a_bad_line_is_bad_alone(line: Any, kept: dict[str, Any], message: str, 
         ([], Path("absent.txt"), "auto", r"--prompts_file absent\.txt cannot be read: .*No such file"),
         ([], Path("empty.jsonl"), "auto", r"--prompts_file empty\.jsonl holds no prompt"),
         (["a"], Path("empty.jsonl"), "auto", "holds no prompt"),
-        ([], Path("latin.txt"), "auto", "cannot be read: .*utf-8"),
         (["-"], Path("empty.jsonl"), "auto", "- is standard input, and --prompts_file names a file: give one of them"),
         (["a"], None, "jsonl", "--prompts_format says how --prompts_file is read"),
         ([], Path("empty.jsonl"), "json", "--prompts_format 'json' does not exist. Did you mean 'jsonl'"),
@@ -136,6 +135,16 @@ def test_what_cannot_be_read_is_an_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty.jsonl").write_text("\n \n")
-    Path("latin.txt").write_bytes("où".encode("latin-1"))
     with pytest.raises(OptionError, match=message):
         read_requests(words, path, form)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_line_that_is_not_utf8_fails_alone_and_a_mark_of_windows_is_left_out(suffix: str, tmp_path: Path) -> None:
+    written = ['{"prompt": "a"}', '{"prompt": "où"}', '{"prompt": "où"}'] if suffix == "jsonl" else ["a", "où", "où"]
+    encoded = [written[0].encode("utf-8-sig"), written[1].encode("latin-1"), written[2].encode()]
+    (tmp_path / f"p.{suffix}").write_bytes(b"\r\n".join(encoded))
+    first, second, third = read_requests([], tmp_path / f"p.{suffix}")
+    assert (first.given, first.error, third.given, third.error) == ({"prompt": "a"}, None, {"prompt": "où"}, None)
+    assert second.error == "line 2: this is not UTF-8."
+    assert second.given == {"line": written[1].replace("ù", "\ufffd")}

@@ -574,7 +574,9 @@ def test_rows_wait_for_memory() -> None:
 
 def test_what_never_fits_is_refused_at_once() -> None:
     scheduler = quick(max_bytes=3 * 2**20, bytes_per_position=lambda _: 2**20)
-    message = "A row of 4 positions needs 4.00 MiB, and the engine has 3.00: shorten the prompt or gen_length"
+    message = (
+        "A row of 4 positions needs 4.00 MiB, and there are 3.00 MiB for all rows: shorten the prompt or gen_length"
+    )
     with pytest.raises(OptionError, match=message):
         scheduler.submit(request_of([1, 1, 1, MASK], WHOLE))
     with pytest.raises(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ import torch
 from PIL import Image
 
 from dllm.errors import MissingExtraError, OptionError
+from dllm.evaluation import replay
 from dllm.evaluation.replay import replay_page, replay_row, save_trace
 from dllm.pipelines import llada
 from dllm.pipelines.llada.tokenizer import MASK, bpe_tokenizer
@@ -208,6 +210,25 @@ def test_where_a_trace_cannot_go(name: str, rows: int, message: str, tmp_path: P
     with pytest.raises(OptionError, match=message):
         save_trace(trace, TOKENIZER, tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["run.html", "run.json", "run.gif"])
+def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).write_text("before")
+
+    def full(unfinished: Path, place: Path) -> None:
+        assert unfinished.exists()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(replay, "put_in_place", full)
+    with pytest.raises(OptionError, match=rf"cannot be written to .*{name}: No space left on device\. Free some space"):
+        save_trace(Trace([torch.tensor([7])]), TOKENIZER, tmp_path / name)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "before")]
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_run() -> None:
+    with pytest.raises(OptionError, match=r"A trace cannot be written to /proc/run\.html: "):
+        replay.check_trace_path(Path("/proc/run.html"), 1)
 
 
 def test_as_many_titles_as_rows(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from dllm.engine.caching import caching
 from dllm.errors import CheckpointError, OptionError
 from dllm.pipelines.llada.network import network_of
 from dllm.pipelines.llada.result import SamplingResult
-from dllm.sampling.blanks import expand_blanks
+from dllm.sampling.blanks import brings_spaces, expand_blanks
 from dllm.sampling.config import ALIASES, SamplingConfig
 from dllm.sampling.loop import denoise
 from dllm.sampling.rows import Request, SpecialTokens, check_steps
@@ -150,7 +150,7 @@ def infilling_request(
         OptionError: see `infilling`.
     """
     if isinstance(item, str) and tokenizer is not None:
-        item = expand_blanks(item, str(tokenizer.mask_token or ""))
+        item = expand_blanks(item, str(tokenizer.mask_token or ""), take_space=brings_spaces(tokenizer))
     canvas = encode_prompt(tokenizer, item)
     _check_tokens(model, tokenizer, config)
     _check_ids(model, canvas, what)

@@ -430,7 +430,7 @@ def test_memory_bounds_the_rows_and_counts_what_caches_keep() -> None:
     found = small.generate(["1"] * 5, gen_length=3)
     assert small.scheduler.most_rows == 2
     assert found.texts == llada.generate(model(), TOKENIZER, ["1"] * 5, gen_length=3).texts
-    with pytest.raises(OptionError, match=r"A row of 40 positions needs .* MiB, and the engine has .* memory_gb"):
+    with pytest.raises(OptionError, match=r"A row of 40 positions needs .* MiB, and there are .* memory_gb"):
         small.submit("1", gen_length=39)
 
 
