@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -77,7 +78,7 @@ class AnswerFile:
             self.file.close()
             raise
         self.done = {int(record["row"]) for record in self.records}
-        self.errors = 0
+        self.errors, self.written = 0, len(self.records)
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -87,6 +88,8 @@ class AnswerFile:
     ) -> None:
         if kind is None:
             self._sort()
+        elif kind is KeyboardInterrupt:
+            print(f"\n{self.path}: {self.written} rows. The same command goes on.", end="", file=sys.stderr)
         with suppress(OSError):  # what a full disk did not take was told when it was written
             self.file.close()
 
@@ -105,6 +108,7 @@ class AnswerFile:
                 f"the same command goes on."
             ) from error
         self.errors += "error" in record
+        self.written += 1
 
     def _drop_errors(self) -> None:
         """Leaves the answers alone in the file."""

@@ -177,11 +177,12 @@ class Writing(Task):
 
         prompt: Any = request.prompt
         if not isinstance(prompt, str):
-            _check_template(self.tokenizer, raw=self.raw)
+            if self.raw:
+                raise OptionError("--raw takes prompts as plain text, and this one is a conversation.")
         elif self.tokenizer.chat_template is not None and not self.raw:
             prompt = [{"role": "user", "content": prompt}]
         config = generation_config(**self.options)
-        asked = _templated(lambda: generation_request(self.model, self.tokenizer, prompt, config, what="The prompt"))
+        asked = generation_request(self.model, self.tokenizer, prompt, config, what="The prompt")
         return Prepared(request, asked.canvas[~asked.masked], int(asked.masked.sum()))
 
     def submit(self, engine: Engine, prepared: Prepared, *, watch: bool) -> Ticket:
@@ -221,15 +222,14 @@ class Blanks(Task):
             expand_blanks(text, "")
 
     def prepare(self, request: Request) -> Prepared:
-        from dllm.pipelines.llada.generate import infilling_request
+        from dllm.pipelines.llada.generate import apply_template, infilling_request
         from dllm.sampling.config import SamplingConfig
 
         prompt: Any = request.prompt
         if not isinstance(prompt, str):
-            _check_template(self.tokenizer, raw=False)
             take = brings_spaces(self.tokenizer)
             turns = [{**turn, "content": expand_blanks(turn["content"], self.mask, take_space=take)} for turn in prompt]
-            text = _templated(lambda: str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
+            text = str(apply_template(self.tokenizer, turns, tokenize=False))
         else:
             text = prompt
         config = SamplingConfig.from_options(**self.options, early_stop=False)
@@ -292,20 +292,3 @@ def refuse_lengths(options: Mapping[str, Any]) -> None:
 def _texts(request: Request) -> list[str]:
     prompt = request.prompt
     return [prompt] if isinstance(prompt, str) else [turn["content"] for turn in prompt]
-
-
-def _check_template(tokenizer: PreTrainedTokenizerBase, *, raw: bool) -> None:
-    if raw:
-        raise OptionError("--raw takes prompts as plain text, and this one is a conversation.")
-    if tokenizer.chat_template is None:
-        raise OptionError("The tokenizer has no chat template for a conversation: give a prompt of plain text.")
-
-
-def _templated(apply: Any) -> Any:
-    """Calls what applies a chat template; a conversation that the template refuses is an error of the user's."""
-    from jinja2 import TemplateError
-
-    try:
-        return apply()
-    except TemplateError as error:
-        raise OptionError(f"The chat template refuses this conversation: {error}") from error

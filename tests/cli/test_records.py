@@ -96,6 +96,14 @@ def test_rows_with_an_error_are_tried_again_and_come_where_they_belong(tmp_path:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.settings.json"]
 
 
+def test_a_run_that_is_stopped_tells_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", 0)
+    answers = AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS)
+    answers.write(record(1))
+    answers.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == f"\n{tmp_path / 'a.jsonl'}: 2 rows. The same command goes on."
+
+
 class Full(io.BytesIO):
     """A file of a full disk."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dllm.data.columns import check_conversation
 from dllm.engine.caching import caching
 from dllm.errors import CheckpointError, OptionError
 from dllm.pipelines.llada.network import network_of
@@ -250,8 +251,31 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
     if isinstance(prompt, str):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     else:
-        ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True)["input_ids"]
+        ids = apply_template(tokenizer, list(prompt), add_generation_prompt=True, tokenize=True)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
+
+
+def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **options: Any) -> Any:
+    """A conversation in the tokenizer's chat template: `apply_chat_template`, with errors that say what to do.
+
+    Args:
+        tokenizer: with a template.
+        messages: dictionaries with `role` and `content`.
+        **options: of `apply_chat_template`.
+
+    Raises:
+        DataError: that is no conversation.
+        OptionError: there is no template, or it refuses this conversation.
+    """
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise OptionError("The tokenizer has no chat template for a conversation: give a prompt of plain text.")
+    check_conversation(messages, "The prompt's messages")
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except TemplateError as error:
+        raise OptionError(f"The chat template refuses this conversation: {error}") from error
 
 
 def _run(
@@ -323,7 +347,9 @@ def _delimiters(tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
 
 
 def _check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, config: SamplingConfig) -> None:
-    """Refuses a rule of lengths that would wait for a token that there is not."""
+    """Refuses ids that the model has not, and a rule of lengths that would wait for a token that there is not."""
+    for name in ("cfg_keep_tokens", "delimiters"):
+        _check_ids(model, torch.tensor(getattr(config, name), dtype=torch.int64), name)
     if config.block_policy == "adablock" and not (config.delimiters or _delimiters(tokenizer)):
         raise OptionError(
             "block_policy='adablock' ends blocks at a line break, and no tokenizer says which token that is: give delimiters, "

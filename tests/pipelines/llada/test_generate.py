@@ -12,9 +12,10 @@ from golden import cases
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from dllm.errors import CheckpointError, OptionError
+from dllm.errors import CheckpointError, DataError, OptionError
 from dllm.pipelines import llada
 from dllm.pipelines.llada import LLaDAConfig, LLaDAModelLM
+from dllm.pipelines.llada.generate import encode_prompt
 from dllm.pipelines.llada.tokenizer import EOS, EOT, MASK, char_tokenizer
 from dllm.sampling.trace import StepEvent
 
@@ -519,3 +520,35 @@ def test_a_blank_of_n_tokens_is_n_masks() -> None:
     assert_same(*(llada.infilling(model(), TOKENIZER, [text]).sequences for text in (short, long)))
     with pytest.raises(OptionError, match=r"'\[MASK 3\]' is no blank. Did you mean '\[MASK:3\]'"):
         llada.infilling(model(), TOKENIZER, ["1[MASK 3]"])
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [[{"rol": "user"}], ["a text in a list"], [{"role": "user", "content": None}]],
+    ids=["role", "text", "content"],
+)
+def test_what_is_no_conversation_is_told(prompt: Any) -> None:
+    with pytest.raises(DataError, match=r"The prompt's messages are .*: they are a list like \[\{.role"):
+        encode_prompt(TOKENIZER, prompt)
+
+
+def test_a_conversation_that_the_template_refuses_is_told_and_one_without_a_template() -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles take turns') }}"
+    with pytest.raises(OptionError, match="The chat template refuses this conversation: roles take turns"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+    tokenizer.chat_template = None
+    with pytest.raises(OptionError, match="has no chat template for a conversation: give a prompt of plain text"):
+        encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("cfg_keep_tokens", {"cfg_scale": 1.0, "cfg_keep_tokens": (1, 9999)}),
+        ("delimiters", {"block_policy": "adablock", "delimiters": (9999,)}),
+    ],
+)
+def test_ids_of_options_are_the_models(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError, match=f"{name} holds the token id 9999, and the model has ids 0 to "):
+        llada.generate(model(), TOKENIZER, ["12"], gen_length=4, **options)
