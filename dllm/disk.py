@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -34,6 +36,25 @@ def put_in_place(unfinished: Path, place: Path, old: Path | None = None) -> None
     sync(place.parent)
 
 
+@contextmanager
+def written_beside(place: Path) -> Iterator[Path]:
+    """Where to write a file that is given its name at the end; an error deletes it, and leaves what has that name as it is.
+
+    A link stays one: the file that it names is replaced.
+
+    Raises:
+        OSError: it cannot be written, such as for want of room.
+    """
+    place = place.resolve()
+    unfinished = place.with_name(f"{place.stem}.unfinished{place.suffix}")
+    try:
+        yield unfinished
+        put_in_place(unfinished, place)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
 def check_room(folder: Path, needed: float, what: str, remedy: str = "or name another folder") -> None:
     """Whether the disk of a folder has room for what is to be written there: found before any work is lost.
 
@@ -50,7 +71,8 @@ def check_room(folder: Path, needed: float, what: str, remedy: str = "or name an
     free = shutil.disk_usage(there).free
     if free < needed:
         raise OptionError(
-            f"The disk of {folder} has {decimal(free)} free, and {what} {decimal(round(needed))}: free some space, {remedy}."
+            f"The disk of {folder} has {decimal(free, precision=2)} free, and {what} {decimal(round(needed), precision=2)}: "
+            f"free some space, {remedy}."
         )
 
 

@@ -69,5 +69,5 @@ def test_a_small_disk_is_told_in_units_that_show_it(tmp_path: Path, monkeypatch:
     with pytest.raises(OptionError) as error:
         check_room(tmp_path / "out", 2.5e6, "it takes")
     assert str(error.value) == (
-        f"The disk of {tmp_path / 'out'} has 1.5 kB free, and it takes 2.5 MB: free some space, or name another folder."
+        f"The disk of {tmp_path / 'out'} has 1.50 kB free, and it takes 2.50 MB: free some space, or name another folder."
     )

@@ -151,13 +151,14 @@ def run(
         if arguments.output is not None:
             answers = stack.enter_context(AnswerFile(arguments.output, settings, requests))
         left = [request for request in requests if answers is None or request.row not in answers.done]
-        run = _Run(arguments, answers, len(left))
+        run = _Run(arguments, answers, len(left), len(requests))
         if any(request.error is None for request in left):
             model, tokenizer = load(arguments)
             run.answer(kind(model, tokenizer, options, getattr(arguments, "raw", False)), left)
         else:
             for request in left:
                 run.write(request, None, None)
+            run.save_trace(None)
         errors = run.errors if answers is None else answers.errors
         if answers is not None:
             failed = f", {errors} of them with an error" if errors else ""
@@ -183,8 +184,8 @@ def _try(request: Request, act: Callable[[Request], Any], of: int) -> Any:
 class _Run:
     """Where the answers of a command go, and what of it is shown meanwhile."""
 
-    def __init__(self, arguments: Namespace, answers: AnswerFile | None, rows: int) -> None:
-        self.arguments, self.answers = arguments, answers
+    def __init__(self, arguments: Namespace, answers: AnswerFile | None, rows: int, of: int) -> None:
+        self.arguments, self.answers, self.of = arguments, answers, of
         self.console = Console(highlight=False)
         self.to_people = not arguments.json and answers is None
         self.live = self.to_people and self.console.is_terminal and not arguments.quiet
@@ -202,7 +203,7 @@ class _Run:
         from dllm.pipelines.llada.engine import Engine
         from dllm.sampling.config import SamplingConfig
 
-        prepared = {request.row: _try(request, task.prepare, len(requests)) for request in requests}
+        prepared = {request.row: _try(request, task.prepare, self.of) for request in requests}
         config = SamplingConfig.from_options(**task.options)
         live = self.live and len(requests) == 1
         rows = config.branches * (1 if live else self.arguments.batch_size)
@@ -227,7 +228,7 @@ class _Run:
                 self.write(request, task, record, one, live)
                 if bar is not None:
                     bar.row(0 if one is None else one.masks)
-        self._save_trace(task)
+        self.save_trace(task)
 
     def _answer(self, task: Task, one: Prepared, line: Line, live: bool, bar: Bar | None) -> Answer:
         from dllm.sampling.trace import StepEvent, Trace
@@ -268,10 +269,11 @@ class _Run:
         elif task is not None and prepared is not None:
             task.show(self.console, prepared, record, live=live)
 
-    def _save_trace(self, task: Task) -> None:
+    def save_trace(self, task: Task | None) -> None:
+        """Writes what --trace asks for, of the rows that this run ran."""
         if self.arguments.trace is None:
             return
-        if not self.traces:
+        if task is None or not self.traces:
             print(f"--trace {self.arguments.trace}: no row was run, so there is nothing to show.", file=sys.stderr)
             return
         from dllm.evaluation.replay import save_trace

@@ -148,19 +148,14 @@ class Chat:
         """int64 [length] of what the model is given: the conversation, less its oldest exchanges where the context is full.
 
         Raises:
-            OptionError: not even the last message fits.
+            OptionError: not even the last message fits, or the chat template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
         from dllm.pipelines.llada.generate import encode_prompt, generation_config, generation_request
 
         first, config = 0, generation_config(**self.options)
         while True:
             told: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-            try:
-                ids = encode_prompt(self.tokenizer, told + self.messages[first:])
-            except TemplateError as error:
-                raise OptionError(f"The chat template refuses this conversation: {error}") from error
+            ids = encode_prompt(self.tokenizer, told + self.messages[first:])
             try:
                 generation_request(self.model, self.tokenizer, ids, config, what="The message")
             except OptionError:

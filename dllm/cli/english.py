@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import shutil
 import statistics
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dllm.cli.options import Parser
-from dllm.disk import check_room
+from dllm.disk import check_room, written_beside
 from dllm.errors import CheckpointError, DllmError, MissingExtraError, OptionError
 
 if TYPE_CHECKING:
@@ -277,9 +276,8 @@ def train(words: list[str], output: Path, overview: Overview, steps: int | None)
 
     plan = output.with_suffix(".json")
     steps = planned(plan) or steps or measured_steps(words, output, overview)
-    unfinished = plan.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"max_steps": steps}) + "\n", encoding="utf-8")
-    os.replace(unfinished, plan)
+    with written_beside(plan) as unfinished:
+        unfinished.write_text(json.dumps({"max_steps": steps}) + "\n", encoding="utf-8")
     command = [*words, "--max_steps", str(steps), "--output_dir", str(output)]
     overview.console.print(f"  {shown(command)}", markup=False, soft_wrap=True)
 

@@ -27,7 +27,8 @@ def main(argv: Sequence[str]) -> int:
     parser = Parser(
         prog="dllm infill",
         description="Fill blanks in texts: [MASK:n] stands for n tokens, and a text may have several; the tokenizer's mask "
-        "token is one. Without --model_name_or_path, the texts are sudoku puzzles.",
+        "token is one. Where words bring their own space, the space before [MASK:n] is a part of the blank. Without "
+        "--model_name_or_path, the texts are sudoku puzzles.",
         epilog=_EXAMPLES,
         formatter_class=RawDescriptionHelpFormatter,
     )

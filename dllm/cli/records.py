@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from dllm.cli.requests import ANSWER_KEYS, Request
-from dllm.disk import put_in_place
+from dllm.disk import written_beside
 from dllm.errors import OptionError
 
 if TYPE_CHECKING:
@@ -64,21 +65,17 @@ class AnswerFile:
         self.path, self.beside = path, path.with_name(path.name + ".settings.json")
         self.settings = json.loads(json.dumps(settings))
         try:
-            self.file = path.open("a+b")  # to append, and not anew: nothing is lost where what follows refuses
+            self.file = self._locked()
+            try:
+                self.done = self._read(requests)
+            except BaseException:
+                self.file.close()
+                raise
+        except BlockingIOError as error:
+            raise OptionError(f"--output {path}: another run is writing to it.") from error
         except OSError as error:
             raise OptionError(f"--output {path} cannot be written: {error.strerror}.") from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.records = self._read(requests)
-            self._drop_errors()
-        except BlockingIOError as error:
-            self.file.close()
-            raise OptionError(f"--output {path}: another run is writing to it.") from error
-        except BaseException:
-            self.file.close()
-            raise
-        self.done = {int(record["row"]) for record in self.records}
-        self.errors, self.written = 0, len(self.records)
+        self.rows, self.errors, self.full = len(self.done), 0, False
 
     def __enter__(self) -> AnswerFile:
         return self
@@ -86,10 +83,10 @@ class AnswerFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            print(f"\n{self.path}: {self.rows} rows. The same command goes on.", end="", file=sys.stderr)
+        elif not self.full:
             self._sort()
-        elif kind is KeyboardInterrupt:
-            print(f"\n{self.path}: {self.written} rows. The same command goes on.", end="", file=sys.stderr)
         with suppress(OSError):  # what a full disk did not take was told when it was written
             self.file.close()
 
@@ -103,86 +100,95 @@ class AnswerFile:
             self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()
         except OSError as error:
+            self.full = True
             raise OptionError(
                 f"--output {self.path} cannot be written any more: {error.strerror}. What it holds is kept: free some space, and "
                 f"the same command goes on."
             ) from error
         self.errors += "error" in record
-        self.written += 1
+        self.rows += "error" not in record
 
-    def _drop_errors(self) -> None:
-        """Leaves the answers alone in the file."""
-        answers = [record for record in self.records if "error" not in record]
-        if len(answers) < len(self.records):
+    def _locked(self) -> BinaryIO:
+        """The file, opened to append and not anew (nothing is lost where what follows refuses), and held against other runs."""
+        while True:
+            file = self.path.open("a+b")
             try:
-                self._replace(json.dumps(record).encode() + b"\n" for record in answers)
-            except OSError as error:
-                raise OptionError(f"--output {self.path} cannot be written: {error.strerror}.") from error
-            self.records = answers
-
-    def _sort(self) -> None:
-        """Puts rows that were tried again where they belong."""
-        self.file.seek(0)
-        rows = [(int(json.loads(line)["row"]), line) for line in self.file]
-        if rows != (ordered := sorted(rows, key=lambda row: row[0])):
-            with suppress(OSError):  # for want of room they stay behind the others
-                self._replace(line for _, line in ordered)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                    return file
+            except FileNotFoundError:
+                pass
+            except BaseException:
+                file.close()
+                raise
+            file.close()  # another run has put a file in its place meanwhile
 
     def _replace(self, lines: Iterable[bytes]) -> None:
         """Writes the file anew beside it, and gives that its name: a run that is killed leaves the one or the other."""
-        unfinished = self.path.with_name(self.path.name + ".unfinished")
-        file = unfinished.open("w+b")
+        file: BinaryIO | None = None
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            file.writelines(lines)
-            file.flush()
-            put_in_place(unfinished, self.path)
-        except OSError:
-            with suppress(OSError):
-                file.close()
-            unfinished.unlink(missing_ok=True)
+            with written_beside(self.path) as place:
+                file = place.open("w+b")
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.fchmod(file.fileno(), os.fstat(self.file.fileno()).st_mode & 0o777)
+                file.writelines(lines)
+                file.flush()
+        except BaseException:
+            if file is not None:
+                with suppress(OSError):
+                    file.close()
             raise
-        self.file.close()
+        self.file.close()  # only now: until the new one has its name, this one holds other runs off
         self.file = file
 
-    def _read(self, requests: Sequence[Request]) -> list[dict[str, Any]]:
+    def _sort(self) -> None:
+        """Puts rows that were tried again where they belong; for want of room they stay behind the others."""
+        with suppress(OSError):
+            self.file.seek(0)
+            rows = [(int(json.loads(line)["row"]), line) for line in self.file]
+            if rows != (ordered := sorted(rows, key=lambda row: row[0])):
+                self._replace(line for _, line in ordered)
+
+    def _read(self, requests: Sequence[Request]) -> set[int]:
+        """The rows that are answered; a half line, and rows with an error, are taken out of the file."""
         self.file.seek(0)
         content = self.file.read()
         whole = content[: content.rfind(b"\n") + 1]
         if whole or self.beside.exists():
             self._compare_settings()
-        records = []
-        for number, line in enumerate(whole.splitlines(), start=1):
+        done, kept = set[int](), []
+        for number, line in enumerate(whole.splitlines(keepends=True), start=1):
             try:
                 record = json.loads(line)
-                request = requests[record["row"]]
+                row = int(record["row"])
             except (ValueError, TypeError, KeyError):  # not JSON, not an object, or of no row
                 raise OptionError(
                     f"--output {self.path}: line {number} is no answer. Delete that line, or name another file."
                 ) from None
-            except IndexError:
-                raise OptionError(
-                    f"--output {self.path}: line {number} answers row {record['row']}, and there are {len(requests)} prompts: "
-                    f"these are other prompts. Name another file."
-                ) from None
-            if "error" in record:  # a line that has been mended since is another one
-                records.append(record)
+            if "error" in record:
                 continue
+            if not 0 <= row < len(requests):
+                raise OptionError(
+                    f"--output {self.path}: line {number} answers row {row}, and there are {len(requests)} prompts: these are "
+                    f"other prompts. Name another file."
+                )
             given = {key: value for key, value in record.items() if key not in ANSWER_KEYS}
             # as texts: NaN, which some files hold, does not equal itself
-            if json.dumps(given, sort_keys=True) != json.dumps(request.given, sort_keys=True):
+            if json.dumps(given, sort_keys=True) != json.dumps(requests[row].given, sort_keys=True):
                 raise OptionError(
-                    f"--output {self.path}: line {number} answers another prompt than row {record['row']} is now. Give the "
-                    f"prompts as they were (more may follow), or name another file."
+                    f"--output {self.path}: line {number} answers another prompt than row {row} is now. Give the prompts as they "
+                    f"were (more may follow), or name another file."
                 )
-            records.append(record)
-        if len(whole) < len(content):
-            self.file.truncate(len(whole))
+            done.add(row)
+            kept.append(line)
         if not self.beside.exists():
-            unfinished = self.beside.with_name(self.beside.name + ".unfinished")
-            unfinished.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
-            put_in_place(unfinished, self.beside)
-        return records
+            with written_beside(self.beside) as place:
+                place.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+        if sum(map(len, kept)) < len(whole):
+            self._replace(kept)
+        elif len(whole) < len(content):
+            self.file.truncate(len(whole))
+        return done
 
     def _compare_settings(self) -> None:
         try:

@@ -34,6 +34,8 @@ ANSWER_KEYS = (
 
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """What stands for a byte that is not UTF-8."""
+_UTF16 = ("\udcff\udcfe", "\udcfe\udcff")
+"""How a file of UTF-16 begins, byte by byte."""
 
 
 @dataclass
@@ -79,12 +81,18 @@ def read_requests(words: Sequence[str], path: Path | None, form: str = "auto") -
         if path is not None:
             raise OptionError("- is standard input, and --prompts_file names a file: give one of them.")
         words, path = [], Path("-")
+    if any(map(_UNDECODED.search, words)):
+        raise OptionError(
+            "A prompt of the command line is not UTF-8: write it into a file, and name that with --prompts_file."
+        )
     requests = [Request(row, {"prompt": word}) for row, word in enumerate(words)]
     if path is None:
         if form != "auto":
             raise OptionError("--prompts_format says how --prompts_file is read: give one, or - for standard input.")
         return requests
     text = _read(path).removeprefix("\ufeff")  # how Windows marks UTF-8
+    if text.startswith(_UTF16):
+        raise OptionError(f"--prompts_file {path} is UTF-16: save it as UTF-8.")
     json_lines = form == "jsonl" or (form == "auto" and path.suffix in (".jsonl", ".ndjson"))
     # not splitlines(), which also breaks at characters that may stand inside a JSON string
     for number, line in enumerate(text.split("\n"), start=1):

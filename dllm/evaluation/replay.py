@@ -12,7 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dllm.disk import put_in_place
+from dllm.disk import written_beside
 from dllm.errors import MissingExtraError, OptionError, did_you_mean
 from dllm.sampling.pieces import TokenPieces
 
@@ -102,12 +102,10 @@ def save_trace(
     names = [f"row {row}" for row in range(len(trace.start))] if titles is None else list(titles)
     if len(names) != len(trace.start):
         raise OptionError(f"{len(names)} titles were given for {len(trace.start)} rows: give one a row.")
-    unfinished = path.with_name(f"{path.stem}.unfinished{path.suffix}")
     try:
-        _write_trace(trace, tokenizer, unfinished, names, columns)
-        put_in_place(unfinished, path)
+        with written_beside(path) as unfinished:
+            _write_trace(trace, tokenizer, unfinished, names, columns)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise OptionError(
             f"The trace cannot be written to {path}: {error.strerror}. Free some space, or name another file."
         ) from error

@@ -8,15 +8,13 @@ from typing import Any
 from dllm.errors import OptionError
 
 BLANK = re.compile(r"\[MASK:(\d+)\]")
-_WITH_SPACE = re.compile(rf"(?:(?<!\d\]) )?{BLANK.pattern}")
-"""A blank and the space before it, unless that space stands between two blanks."""
 _NEARLY_BLANK = re.compile(r"\[ *mask *(?:[:;=] *[\w-]*|\d+)? *\]", re.IGNORECASE)
 
 
 def brings_spaces(tokenizer: Any) -> bool:
-    """Whether a tokenizer's words begin with the space before them, as in byte-level BPE; a character's do not."""
-    first = tokenizer.decode(tokenizer(" a", add_special_tokens=False)["input_ids"][:1])
-    return len(first) > 1 and first.startswith(" ")
+    """Whether a tokenizer's words begin with the space before them, as in BPE; a character's do not."""
+    two = tokenizer("a a", add_special_tokens=False)["input_ids"]
+    return str(tokenizer.decode(two[:-1])).endswith("a")
 
 
 def expand_blanks(text: str, mask_token: str, *, take_space: bool = False) -> str:
@@ -25,8 +23,8 @@ def expand_blanks(text: str, mask_token: str, *, take_space: bool = False) -> st
     Args:
         text: with blanks.
         mask_token: the tokenizer's.
-        take_space: the space before a blank belongs to it, for what is written there brings its own (see `brings_spaces`); the
-            one between two blanks stays.
+        take_space: the space before `[MASK:n]` belongs to it, for what is written there brings its own (see `brings_spaces`);
+            the one between two blanks stays.
 
     Raises:
         OptionError: no tokens (`[MASK:0]`), too many, or something that was meant to be a blank.
@@ -44,4 +42,11 @@ def expand_blanks(text: str, mask_token: str, *, take_space: bool = False) -> st
         raise OptionError(f"{wrong[0]!r} is no blank. Did you mean '[MASK:3]', a blank of three tokens?")
     if "[MASK]" in rest and mask_token not in ("", "[MASK]"):
         raise OptionError("'[MASK]' is no token of this tokenizer. Did you mean '[MASK:1]'?")
-    return (_WITH_SPACE if take_space else BLANK).sub(masks, text)
+    parts: list[str] = []
+    end = 0
+    for match in BLANK.finditer(text):
+        before = text[end : match.start()]
+        between = (parts and before == " ") or (mask_token and before.endswith(mask_token + " "))
+        parts += [before.removesuffix(" ") if take_space and not between else before, masks(match)]
+        end = match.end()
+    return "".join([*parts, text[end:]])

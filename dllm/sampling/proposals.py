@@ -202,7 +202,7 @@ def _reduce(chunks: Iterator[tuple[int, Tensor]], question: Question) -> Proposa
         best_N=1 / mass_N,
         second_N=probability(second_N) if "second" in needs else None,
         entropy_N=(mass_N.log() - slope_N / mass_N).clamp(min=0) if "entropy" in needs else None,
-        log_p_NV=torch.cat(whole, 1) - (top_N + mass_N.log())[:, None] if whole else None,
+        log_p_NV=(torch.cat(whole, 1) - top_N[:, None]).sub_(mass_N.log()[:, None]) if whole else None,
         given_N=probability(given_N) if question.given_N is not None else None,
         gap_N=top_N - second_N if "second" in needs else None,
         watched_N=probability(watched_wN).sum(0) if question.watched else None,

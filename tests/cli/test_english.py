@@ -119,12 +119,12 @@ def test_a_full_disk_is_found_before_training(tmp_path: Path, monkeypatch: pytes
     trainings = [tmp_path / "pretrained", tmp_path / "tuned"]
     (tmp_path / "model.safetensors").write_bytes(bytes(1000))
     english.check_training_room(tmp_path, trainings)
-    full_disk(monkeypatch, 2999)
-    with pytest.raises(OptionError, match=r"has 3.0 kB free, and training needs 3.0 kB: free some space"):
+    full_disk(monkeypatch, 2990)
+    with pytest.raises(OptionError, match=r"has 2.99 kB free, and training needs 3.00 kB: free some space"):
         english.check_training_room(tmp_path, trainings)
     english.check_training_room(tmp_path, trainings[1:])
     trainings[0].mkdir()
-    (trainings[0] / "adapter.safetensors").write_bytes(bytes(1))
+    (trainings[0] / "adapter.safetensors").write_bytes(bytes(10))
     english.check_training_room(tmp_path, trainings)  # a training that was stopped goes on where it was begun
 
 

@@ -606,3 +606,20 @@ def test_a_trace_that_cannot_be_written_is_told_before_a_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     assert main(["generate", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_bad_one_of_several_prompts_is_told_by_its_place(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", EASY, "bad"]) == 2
+    assert "dllm generate: Prompt 2 of 2: 'bad' has 3 characters" in capsys.readouterr().err
+
+
+def test_a_trace_of_what_is_answered_already_is_not_written_and_that_is_said(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.txt").write_text("the sky\n")
+    run = run_of(model, tmp_path / "p.txt", "--output", str(tmp_path / "a.jsonl"), "--trace", str(tmp_path / "t.html"))
+    assert main(run) == 0
+    (tmp_path / "t.html").unlink()
+    assert main(run) == 0
+    assert "t.html: no row was run, so there is nothing to show" in capsys.readouterr().err
+    assert not (tmp_path / "t.html").exists()

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from system.workshop import save_tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dllm.cli import batches
 from dllm.cli.main import main
@@ -197,6 +199,8 @@ def test_on_a_terminal_one_text_fills_up_and_its_spans_stand_out(
         ("[MASK:1] [MASK:2]", "<m> <m><m>"),  # a space between two blanks keeps them apart
         (" [MASK:1]\n[MASK:1]", "<m>\n<m>"),
         ("a <m> b", "a <m> b"),
+        ("as in [1] [MASK:2].", "as in [1]<m><m>."),
+        ("<m> [MASK:1] <m>", "<m> <m> <m>"),
     ],
 )
 def test_the_space_before_a_blank_belongs_to_it_where_words_bring_theirs(text: str, expected: str) -> None:
@@ -206,3 +210,6 @@ def test_the_space_before_a_blank_belongs_to_it_where_words_bring_theirs(text: s
 def test_words_of_byte_level_bpe_bring_their_space_and_characters_do_not() -> None:
     assert brings_spaces(bpe_tokenizer(["the sky is blue and a bird sings"] * 50, 300))
     assert not brings_spaces(char_tokenizer())
+    pieces = Tokenizer(models.BPE({"▁": 0, "a": 1, "▁a": 2}, [("▁", "a")]))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    assert brings_spaces(PreTrainedTokenizerFast(tokenizer_object=pieces))  # as Llama 2 and Mistral have it

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import errno
-import io
+import fcntl
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,24 +106,87 @@ def test_a_run_that_is_stopped_tells_what_it_has(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err == f"\n{tmp_path / 'a.jsonl'}: 2 rows. The same command goes on."
 
 
-class Full(io.BytesIO):
-    """A file of a full disk."""
-
-    def flush(self) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As a full disk is: whatever goes beyond fails."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write(path, 0)
+    whole = path.read_bytes()
+    with (
+        files_of_at_most(len(whole) + 10),
+        AnswerFile(path, SETTINGS, REQUESTS) as answers,
+        pytest.raises(
+            OptionError, match=r"a\.jsonl cannot be written any more: File too large\. .* the same command goes on"
+        ),
+    ):
+        answers.write(record(1))
+    assert path.read_bytes()[: len(whole)] == whole
+    assert write(path, 1).done == {0}
+    assert path.read_bytes() == whole + json.dumps(record(1)).encode() + b"\n"
+
+
+def test_a_disk_that_is_full_at_the_start_is_one_line_and_loses_nothing(tmp_path: Path) -> None:
+    with files_of_at_most(0), pytest.raises(OptionError, match=r"a\.jsonl cannot be written: File too large\."):
+        AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    write(tmp_path / "a.jsonl", 0)
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS) as answers:
+        answers.write({"row": 1, **REQUESTS[1].given, "error": "too long"})
+    before = (tmp_path / "a.jsonl").read_bytes()
+    with files_of_at_most(3), pytest.raises(OptionError, match=r"a\.jsonl cannot be written: File too large\."):
+        AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS)  # which would take the error out
+    assert (tmp_path / "a.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.settings.json"]
+
+
+def test_a_file_that_took_its_place_meanwhile_is_the_one_that_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run replaces the file between this one's opening and its lock."""
+    path, lock = tmp_path / "a.jsonl", fcntl.flock
+    write(path, 0)
+    (tmp_path / "new").write_bytes(path.read_bytes() + json.dumps(record(1)).encode() + b"\n")
+
+    def late(file: Any, operation: int) -> None:
+        if (tmp_path / "new").exists():
+            (tmp_path / "new").rename(path)
+        lock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with AnswerFile(path, SETTINGS, REQUESTS) as answers:
+        assert answers.done == {0, 1}
+        answers.write(record(2))
+    assert [json.loads(line)["row"] for line in path.read_bytes().splitlines()] == [0, 1, 2]
+
+
+def test_a_link_stays_one_and_a_file_keeps_its_mode(tmp_path: Path) -> None:
+    real, link = tmp_path / "real.jsonl", tmp_path / "a.jsonl"
+    real.touch(mode=0o640)
+    link.symlink_to(real)
+    with AnswerFile(link, SETTINGS, REQUESTS) as answers:
+        answers.write({"row": 1, **REQUESTS[1].given, "error": "too long"})
+        answers.write(record(0))
+    assert write(link, 1).done == {0}
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o640
+    assert [json.loads(line)["row"] for line in real.read_bytes().splitlines()] == [0, 1]
+
+
+def test_an_error_of_a_prompt_that_is_there_no_more_is_forgotten(tmp_path: Path) -> None:
     with AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS) as answers:
         answers.write(record(0))
-        real, answers.file = answers.file, Full()  # type: ignore[assignment]
-        with pytest.raises(
-            OptionError,
-            match=r"a\.jsonl cannot be written any more: No space left on device\. .* the same command goes on",
-        ):
-            answers.write(record(1))
-        answers.file = real
-    assert write(tmp_path / "a.jsonl", 1).done == {0}
+        answers.write({"row": len(REQUESTS) - 1, **REQUESTS[-1].given, "error": "too long"})
+    with AnswerFile(tmp_path / "a.jsonl", SETTINGS, REQUESTS[:-1]) as answers:
+        assert answers.done == {0}
 
 
 def test_keys_that_are_carried_over_may_hold_what_equals_nothing(tmp_path: Path) -> None:

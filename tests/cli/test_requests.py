@@ -148,3 +148,15 @@ def test_a_line_that_is_not_utf8_fails_alone_and_a_mark_of_windows_is_left_out(s
     assert (first.given, first.error, third.given, third.error) == ({"prompt": "a"}, None, {"prompt": "où"}, None)
     assert second.error == "line 2: this is not UTF-8."
     assert second.given == {"line": written[1].replace("ù", "\ufffd")}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf16_is_told_by_its_name(encoding: str, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("\ufeffa\r\nb\r\n".encode(encoding))
+    with pytest.raises(OptionError, match=r"p\.txt is UTF-16: save it as UTF-8"):
+        read_requests([], tmp_path / "p.txt")
+
+
+def test_a_word_that_is_not_utf8_is_told() -> None:
+    with pytest.raises(OptionError, match=r"A prompt of the command line is not UTF-8: write it into a file"):
+        read_requests(["a", "o\udcf9"], None)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dllm import disk
 from dllm.errors import MissingExtraError, OptionError
 from dllm.evaluation import replay
 from dllm.evaluation.replay import replay_page, replay_row, save_trace
@@ -220,7 +221,7 @@ def test_a_full_disk_leaves_what_was_there(name: str, tmp_path: Path, monkeypatc
         assert unfinished.exists()
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(replay, "put_in_place", full)
+    monkeypatch.setattr(disk, "put_in_place", full)
     with pytest.raises(OptionError, match=rf"cannot be written to .*{name}: No space left on device\. Free some space"):
         save_trace(Trace([torch.tensor([7])]), TOKENIZER, tmp_path / name)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "before")]

@@ -108,6 +108,12 @@ def test_equals_the_sampler_line_by_line(
     assert_equals_the_sampler(rows, config, network, requests)
 
 
+def test_the_example_of_large_logits_is_not_passed_over() -> None:
+    rows, config = [[1] + [MASK] * 9], whole(cfg_scale=2.5)
+    (written,) = slowly(HashPredictor(V, 1), rows, config, [0])
+    assert FP32 < written.closest < 1e-6
+
+
 @pytest.mark.slow
 @settings(max_examples=400)
 @runs

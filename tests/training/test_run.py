@@ -299,7 +299,7 @@ def test_a_disk_that_is_too_small_is_told_before_training(tmp_path: Path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(
         OptionError,
-        match=r"The disk of .*run has 10\.0 kB free, and 2 more checkpoints of about \S+ .B and the final model take \S+ .B:"
+        match=r"The disk of .*run has 10\.00 kB free, and 2 more checkpoints of about \S+ .B and the final model take \S+ .B:"
         r" free some space, keep fewer \(--save_total_limit\), or name another --output_dir.",
     ):
         llada.pretrain([*PRETRAIN, "--output_dir", str(tmp_path / "run")])

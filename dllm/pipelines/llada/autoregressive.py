@@ -170,8 +170,8 @@ def read_weights(source: Source, config: PreTrainedConfig, dtype: torch.dtype | 
     for name, tensor in weights.items():
         if not tensor.isfinite().all():
             raise CheckpointError(
-                f"{source.name!r} holds NaN or infinity in {name}{f' as {dtype}' if dtype else ''}: no model works with that. "
-                f"Copy it again{', or take another --dtype' if dtype else ''}."
+                f"{source.name!r} holds NaN or infinity in {name}, read as {str(asked).removeprefix('torch.')}: no model works "
+                f"with that. Copy it again, or take a wider dtype (--dtype float32)."
             )
     return {public_name(name): tensor for name, tensor in weights.items()}
 

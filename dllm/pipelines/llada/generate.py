@@ -78,7 +78,8 @@ def infilling(
     Args:
         model: a LLaDA model.
         tokenizer: for ids and text alone; None if the inputs are ids.
-        inputs: texts with blanks, `[MASK:n]` for n tokens or the tokenizer's mask token for one; or ids with the mask id.
+        inputs: texts with blanks, `[MASK:n]` for n tokens or the tokenizer's mask token for one; or ids with the mask id. Where
+            the tokenizer's words bring the space before them, the one before `[MASK:n]` is a part of the blank.
         trace: keep every denoising step in the result.
         on_step: called after every step with what it committed.
         requests: one integer a row that keys its noise; its place by default.
@@ -251,7 +252,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase | None, prompt: Prompt) -> 
     if isinstance(prompt, str):
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     else:
-        ids = apply_template(tokenizer, list(prompt), add_generation_prompt=True, tokenize=True)["input_ids"]
+        messages = [dict(message) if isinstance(message, Mapping) else message for message in prompt]
+        ids = apply_template(tokenizer, messages, add_generation_prompt=True, tokenize=True)["input_ids"]
     return torch.tensor(ids, dtype=torch.int64)
 
 

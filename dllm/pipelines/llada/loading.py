@@ -46,7 +46,7 @@ def to_device(model: PreTrainedModel, device: torch.device | None = None) -> Pre
     """Moves a model to a device, to be sampled from there in a dtype that the device is fast in.
 
     On a CPU that has no bf16 products, where imitated ones take 4 times as long as those of fp32, weights in bf16 or fp16 become
-    fp32; not those of a quantised model, nor where memory is short for twice their size.
+    fp32; not those of a quantised model, nor where memory is short, for they take twice as much.
 
     Args:
         model: of `load_model`.

@@ -74,7 +74,9 @@ def no_tokenizer(name_or_path: str | Path, error: Exception) -> CheckpointError:
     """
     folder = Path(resolve(name_or_path)).expanduser()
     cause = first_line(error)
-    if folder.is_dir() and not any(any(folder.glob(files)) for files in ("tokenizer*", "vocab*", "*.gguf")):
+    if folder.is_dir() and not any(
+        any(folder.glob(files)) for files in ("tokenizer.json", "*.model", "vocab*", "*.gguf")
+    ):
         cause = "the folder has no tokenizer.json or tokenizer.model. Copy the files of the model's tokenizer into it."
     return CheckpointError(f"No tokenizer could be loaded from {str(name_or_path)!r}: {cause}")
 
