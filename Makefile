@@ -21,7 +21,7 @@ help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | awk -F '\t' '{printf "make %-8s %s\n", $$1, $$2}'
 
 demo: $(PLOTS) ## install, then train a small LLaDA on sudoku and watch it solve unseen puzzles
-	@echo "==> dllm demo (three to twelve minutes on two cores)"
+	@echo "==> dllm demo (three to thirteen minutes on two cores)"
 	@$(BIN)/dllm demo
 
 english: $(ENGLISH) ## install, then make a small LLaDA that writes English, and talk with it
