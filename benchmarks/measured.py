@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import dllm
+from dllm.disk import written_beside
 
 Row = dict[str, Any]
 
@@ -31,9 +31,8 @@ class Store:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self.path)
+        with written_beside(self.path) as beside:
+            beside.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
 
     def rows(self, part: str) -> dict[str, Row]:
         return self.data.get(part, {}).get("rows", {})

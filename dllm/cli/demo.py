@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     from dllm.data.sudoku import DEFAULT_CLUES, is_solution, puzzles
     from dllm.evaluation.plots import plot_run
     from dllm.evaluation.sudoku import fill_puzzles, score
-    from dllm.pipelines.llada.loading import best_device, load_model
+    from dllm.pipelines.llada.loading import load_model, to_device
     from dllm.pipelines.llada.tokenizer import load_tokenizer
     from dllm.training.callbacks import hide_bars, read_log
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> None:
         f"{arguments.puzzles} puzzles with {clues[0]} to {clues[1]} clues, none of whose grids it has seen. A mask may be filled "
         f"at any place and many at once; the fewer forwards, the faster and the bolder:"
     )
-    model, tokenizer = load_model(str(final)).to(best_device()), load_tokenizer(str(final))
+    model, tokenizer = to_device(load_model(str(final))), load_tokenizer(str(final))
     unseen = [puzzle for puzzle, _ in puzzles(6, "test", arguments.puzzles, clues=clues)]
     scores = []
     with Progress(console=console, transient=True) as progress:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from dllm import __version__
+from dllm.disk import written_beside
 from dllm.training.arguments import TrainingArguments
 
 RECORD = "run.json"
@@ -69,9 +70,8 @@ def record_start(
     }
     path = Path(str(args.output_dir)) / RECORD
     starts = read_record(path)
-    unfinished = path.with_name(f"{RECORD}.unfinished")
-    unfinished.write_text(json.dumps({"starts": [*starts, start]}, indent=1, default=str) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_beside(path) as unfinished:
+        unfinished.write_text(json.dumps({"starts": [*starts, start]}, indent=1, default=str) + "\n", encoding="utf-8")
     return start
 
 

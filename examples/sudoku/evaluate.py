@@ -19,7 +19,7 @@ if __name__ == "__main__":
     parser.add_argument("--puzzles", type=int, default=1000, help="of each kind")
     parser.add_argument("--tokens_per_forward", type=float, nargs="+", default=[1, 2, 4, 8, float("inf")])
     arguments = parser.parse_args()
-    model = llada.load_model(arguments.model_name_or_path).to(llada.best_device())
+    model = llada.to_device(llada.load_model(arguments.model_name_or_path))
     tokenizer = llada.load_tokenizer(arguments.model_name_or_path)
     print("| clues | tokens per forward | forwards | exact |\n|---|---|---|---|")
     for clues in CLUES:
